@@ -1,0 +1,187 @@
+"""Block and Stack: the one way parts are wired, for every model in Headway.
+
+    x -> [norm -> mixer -> +] -> [norm -> cross -> +] -> [norm -> feedforward -> +] -> y
+
+Each bracket is a `Residual`; where the norm stands (pre, post, sandwich) is which parts are passed to it, and an
+absent part is an Identity, so that there is one forward and no flag in it. `parallel` sums branches of one norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headway import mixers
+from headway.attend import FULL
+from headway.layers import NORMS, Dropout, FeedForward
+from headway.mask import Mask
+from headway.positions import Positions, build_positions
+from headway.spec import BlockSpec, StackSpec
+from headway.state import State
+
+States = list[tuple[State | None, State | None]]  # per block: the mixer's and the cross mixer's
+
+
+class Residual(nn.Module):
+    """after(x + dropout(behind(inner(before(x))))), every part but `inner` possibly Identity."""
+
+    def __init__(
+        self, inner: nn.Module, before: nn.Module, behind: nn.Module, after: nn.Module, dropout: nn.Module
+    ) -> None:
+        super().__init__()
+        self.inner, self.before, self.behind, self.after, self.dropout = inner, before, behind, after, dropout
+
+    def forward(self, x: Float[Tensor, "B T C"], apply: Callable[[Tensor], Tensor]) -> Float[Tensor, "B T C"]:
+        """`apply` calls `inner` with what it needs besides the tokens."""
+        return self.after(x + self.dropout(self.behind(apply(self.before(x)))))
+
+
+class Branch(Residual):
+    """The same without the sum: for blocks that add all their branches at once."""
+
+    def forward(self, x: Float[Tensor, "B T C"], apply: Callable[[Tensor], Tensor]) -> Float[Tensor, "B T C"]:
+        return self.dropout(self.behind(apply(self.before(x))))
+
+
+class Block(nn.Module):
+    """One block: up to three residuals in a row. `None` stands for a part that is absent."""
+
+    def __init__(self, mixer: Residual | None, cross: Residual | None, feedforward: Residual | None) -> None:
+        super().__init__()
+        self.mixer, self.cross, self.feedforward = mixer, cross, feedforward
+
+    def branches(
+        self,
+        mask: Mask,
+        pos: Tensor,
+        state: tuple[State | None, State | None],
+        context: Tensor | None,
+        context_mask: Mask,
+    ) -> list[tuple[Residual, Callable[[Tensor], Tensor]]]:
+        """The parts that are there, in order, each with the call that gives its inner module what it needs."""
+        parts: list[tuple[Residual, Callable[[Tensor], Tensor]]] = []
+        if (mixer := self.mixer) is not None:
+            parts.append((mixer, lambda h: mixer.inner(h, mask=mask, pos=pos, state=state[0])))
+        if (cross := self.cross) is not None:
+            if context is None:
+                raise ValueError("this block has a cross mixer and was given no context: pass context=")
+            call = lambda h: cross.inner(h, mask=context_mask, pos=pos, state=state[1], context=context)  # noqa: E731
+            parts.append((cross, call))
+        if self.feedforward is not None:
+            parts.append((self.feedforward, self.feedforward.inner))
+        return parts
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        state: tuple[State | None, State | None] = (None, None),
+        context: Float[Tensor, "B S C"] | None = None,
+        context_mask: Mask = FULL,
+    ) -> Float[Tensor, "B T C"]:
+        for part, apply in self.branches(mask, pos, state, context, context_mask):
+            x = part(x, apply)
+        return x
+
+
+class ParallelBlock(Block):
+    """x + the sum of all branches, each reading x itself (GPT-J, PaLM 2204.02311)."""
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        state: tuple[State | None, State | None] = (None, None),
+        context: Float[Tensor, "B S C"] | None = None,
+        context_mask: Mask = FULL,
+    ) -> Float[Tensor, "B T C"]:
+        y = x
+        for part, apply in self.branches(mask, pos, state, context, context_mask):
+            y = y + part(x, apply)
+        return y
+
+
+def build_block(spec: BlockSpec, width: int, positions: Positions, dropout: float) -> Block:
+    """A block from its spec."""
+    norm = NORMS[spec.norm]
+    wiring = {  # which of (before, behind, after) is a norm
+        "pre": (norm, None, None),
+        "post": (None, None, norm),
+        "sandwich": (norm, norm, None),
+        "parallel": (norm, None, None),
+    }[spec.wiring]
+    residual, block = (Branch, ParallelBlock) if spec.wiring == "parallel" else (Residual, Block)
+
+    def wire(inner: nn.Module | None) -> Residual | None:
+        if inner is None:
+            return None
+        return residual(inner, *(part(width) if part else nn.Identity() for part in wiring), Dropout(dropout))
+
+    return block(
+        wire(mixers.build(spec.mixer, width, positions) if spec.mixer is not None else None),
+        wire(mixers.build(spec.cross, width, Positions()) if spec.cross is not None else None),
+        wire(FeedForward(width, spec.feedforward) if spec.feedforward is not None else None),
+    )
+
+
+class Stack(nn.Module):
+    """Positions, then blocks, then a last norm: the body of every model."""
+
+    def __init__(self, spec: StackSpec, width: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if not spec.blocks or spec.repeat < 1:
+            raise ValueError(f"a stack has one block or more; this one has {len(spec.blocks)} repeated {spec.repeat}x")
+        blocks = spec.blocks * spec.repeat
+        dims = {mixers.head_dim(b.mixer, width) for b in blocks if b.mixer is not None} - {None}
+        if len(dims) > 1:
+            raise ValueError(f"the attention mixers of one stack share a head width; these differ: {sorted(dims)}")
+        self.positions = build_positions(spec.positions, width, next(iter(dims), None))
+        self.dropout = Dropout(dropout)
+        self.blocks = nn.ModuleList(build_block(block, width, self.positions, dropout) for block in blocks)
+        self.norm = NORMS[blocks[-1].norm](width) if spec.final_norm else nn.Identity()
+
+    @property
+    def branches(self) -> int:
+        """Residual branches between input and output, for the initial weights."""
+        return sum(isinstance(module, Residual) for module in self.modules())
+
+    def init_state(self, batch: int, capacity: int) -> States:
+        """One state a mixer, as a plain list; pass it to every call of a stream."""
+        return [
+            (
+                block.mixer.inner.init_state(batch, capacity) if block.mixer is not None else None,
+                block.cross.inner.init_state(batch, capacity, cross=True) if block.cross is not None else None,
+            )
+            for block in self.blocks
+        ]
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        state: States | None = None,
+        context: Float[Tensor, "B S C"] | None = None,
+        context_mask: Mask = FULL,
+    ) -> Float[Tensor, "B T C"]:
+        """`pos` is -1 exactly where `mask.valid` is false; within a sequence it counts up by one."""
+        x = self.dropout(self.positions.embed(x, pos))
+        for i, block in enumerate(self.blocks):
+            kept = state[i] if state is not None else (None, None)
+            x = block(x, mask=mask, pos=pos, state=kept, context=context, context_mask=context_mask)
+        return self.norm(x)
+
+
+def reorder(states: States, rows: Int[Tensor, "R"]) -> None:
+    """Reorders every state of a stack; cross states that were never written stay empty."""
+    for pair in states:
+        for state in pair:
+            if state is not None:
+                state.reorder(rows)

@@ -1,0 +1,1 @@
+"""Where examples come from (`sources`, `builtin`) and how they become batches (`batches`, the only user of torch)."""

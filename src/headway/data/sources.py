@@ -1,0 +1,281 @@
+"""Pairs of texts from a built-in set or from files (.tsv .csv .jsonl .parquet), split into train, valid and test.
+
+Which part a pair belongs to is a pure function of its input text, so that it never moves when data is added,
+reordered or repeated, and all the targets of one input stay together. Every mistake of a user is one ValueError line.
+A .tsv is taken literally (no quoting); a .csv may quote. Both have a header row. Text files may end in .gz.
+"""
+
+import csv
+import difflib
+import glob
+import gzip
+import hashlib
+import importlib
+import pkgutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from headway.data import builtin
+
+_SHOWN = 5  # skipped rows named in the notes of one file
+
+
+class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the pairs are.
+
+    `source` is a built-in set's name, a path or a glob; `input` and `target` are column names or JSON keys.
+    `valid` and `test` are files of their own; where one is None, its part is split off `source` by `part_of`.
+    `lowercase` changes inputs only: in a target, case may carry meaning (X-SAMPA). `keep_stress` is cmudict's.
+    """
+
+    source: str
+    input: str = "input"
+    target: str = "target"
+    valid: str | None = None
+    test: str | None = None
+    lowercase: bool = False
+    keep_stress: bool = False
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Lists of (input, target); `notes` says what a reader should know, above all the rows skipped, by file:line."""
+
+    train: list[tuple[str, str]]
+    valid: list[tuple[str, str]]
+    test: list[tuple[str, str]]
+    notes: list[str]
+
+
+def load_splits(spec: DataSpec) -> Splits:
+    if spec.bad_rows not in ("refuse", "skip"):
+        raise ValueError(f"bad_rows={spec.bad_rows!r} is unknown: use 'refuse' or 'skip'")
+    if spec.keep_stress and spec.source != "cmudict":
+        raise ValueError(f"keep_stress is for the source 'cmudict' only, not for {spec.source!r}: leave it out")
+    notes: list[str] = []
+    own = {"valid": spec.valid, "test": spec.test}
+    parts: dict[str, list[tuple[str, str]]] = {"train": [], "valid": [], "test": []}
+    for pair in _cased(_source(spec, notes), spec):
+        part = part_of(pair[0])
+        parts["train" if own.get(part) is not None else part].append(pair)
+    for part, pattern in own.items():
+        if pattern is not None:
+            parts[part] = list(_cased(_read(pattern, spec, notes), spec))
+    if not parts["train"]:
+        raise ValueError(f"{spec.source}: no row falls into train (90% of inputs do); give more rows")
+    notes += [f"{part} is empty: too few rows for a split by hash" for part in parts if not parts[part]]
+    return Splits(**parts, notes=notes)
+
+
+def part_of(text: str) -> Literal["train", "valid", "test"]:
+    """The part an input text belongs to, for ever: 90% train, 5% valid, 5% test, by sha256."""
+    percent = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
+    return "train" if percent < 90 else "valid" if percent < 95 else "test"
+
+
+def references(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Every distinct target listed for each input, in order: any of them counts as a right answer."""
+    found: dict[str, dict[str, None]] = {}
+    for source, target in pairs:
+        found.setdefault(source, {})[target] = None
+    return {source: list(targets) for source, targets in found.items()}
+
+
+def _cased(pairs: Iterable[tuple[str, str]], spec: DataSpec) -> Iterable[tuple[str, str]]:
+    return ((source.lower(), target) for source, target in pairs) if spec.lowercase else pairs
+
+
+def _source(spec: DataSpec, notes: list[str]) -> Iterable[tuple[str, str]]:
+    if spec.source in _builtins():
+        return importlib.import_module(f"{builtin.__name__}.{spec.source}").pairs(keep_stress=spec.keep_stress)
+    return _read(spec.source, spec, notes)
+
+
+def _builtins() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(builtin.__path__))
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    by_lower = {known.lower(): known for known in names}  # "Word" for "word" is the commonest slip
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f", did you mean {by_lower[close[0]]!r}?" if close else ""
+
+
+def _files(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{pattern} is a folder: name its files, for example '{path}/*.tsv'")
+    # a file whose own name holds [ or * is meant literally
+    names = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
+    files = [Path(name) for name in names if Path(name).is_file()]
+    if not files:
+        beside = [str(path.parent / other.name) for other in path.parent.glob("*")]
+        nearest = _nearest(str(path), beside + _builtins())
+        raise ValueError(f"no file {pattern!r}{nearest or '.'} Built-in sets: {', '.join(_builtins())}")
+    return files
+
+
+# A reader yields the line (parquet: the row) and its pair, or a str that says why there is none.
+Row = tuple[int, tuple[str, str] | str]
+
+
+def _read(pattern: str, spec: DataSpec, notes: list[str]) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    for path in _files(pattern):
+        reader = _reader(path)
+        kept: list[tuple[str, str]] = []
+        bad: list[str] = []
+        try:
+            for line, row in reader(path, (spec.input, spec.target)):
+                problem = row if isinstance(row, str) else _blank(row, (spec.input, spec.target))
+                if problem is None:
+                    kept.append(row)
+                elif spec.bad_rows == "skip":
+                    bad.append(f"{path}:{line}: {problem}")
+                else:
+                    raise ValueError(f"{path}:{line}: {problem}; mend the row or set bad_rows='skip'")
+        except (OSError, EOFError, zlib.error) as error:  # no right to read, a damaged .gz
+            raise ValueError(f"{path}: cannot be read ({error})") from None
+        if not kept:
+            why = f"not one of its {len(bad)} rows can be used, the first: {bad[0]}" if bad else "it has no rows"
+            raise ValueError(f"{path}: nothing to read, {why}")
+        if bad:
+            notes.append(f"{path}: skipped {len(bad)} of {len(bad) + len(kept)} rows")
+            notes += bad[:_SHOWN] + ([f"{path}: ... and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else [])
+        pairs += kept
+    return pairs
+
+
+def _blank(pair: tuple[str, str], columns: tuple[str, str]) -> str | None:
+    return next((f"{column!r} is empty" for column, text in zip(columns, pair, strict=True) if not text.strip()), None)
+
+
+def _reader(path: Path) -> Callable[[Path, tuple[str, str]], Iterator[Row]]:
+    ending = "".join(path.suffixes[-2:]).lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+    known = {".tsv": _table, ".csv": _table, ".jsonl": _jsonl}
+    known |= {f"{text}.gz": reader for text, reader in known.items()} | {".parquet": _parquet}
+    if ending not in known:
+        raise ValueError(
+            f"{path}: cannot tell what {ending or 'a file without an ending'!r} is; known: {' '.join(known)}"
+        )
+    return known[ending]
+
+
+class _Lines:
+    """The lines of a UTF-8 file, .gz or not, with their ends kept. `number` is the last one given, and `undecoded`
+    the last that is not UTF-8 with what is wrong; it is still given, patched up, so that the reader stays in step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.number = 0
+        self.undecoded = (0, "")
+
+    def __iter__(self) -> Iterator[str]:
+        with gzip.open(self.path) if self.path.suffix.lower() == ".gz" else self.path.open("rb") as file:
+            for self.number, line in enumerate(file, 1):
+                if self.number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that Excel writes
+                try:
+                    yield line.decode()
+                except UnicodeDecodeError as error:
+                    what = f"not UTF-8 (0x{line[error.start]:02x} is byte {error.start + 1} of the line)"
+                    self.undecoded = (self.number, what)
+                    yield line.decode(errors="replace")
+
+
+def _table(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
+    lines = _Lines(path)
+    tabs = ".tsv" in [suffix.lower() for suffix in path.suffixes[-2:]]
+    # strict: otherwise a quote that is never closed swallows the rest of the file without a word
+    rows = csv.reader(
+        iter(lines), delimiter="\t" if tabs else ",", quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True
+    )
+    try:
+        header = next((row for row in rows if row), None)
+    except csv.Error as error:
+        raise ValueError(f"{path}:{lines.number}: the header cannot be read ({error})") from None
+    if header is None:
+        raise ValueError(f"{path}: the file is empty; its first line should name the columns")
+    if lines.undecoded[0]:
+        raise ValueError(f"{path}:{lines.number}: the header is {lines.undecoded[1]}; save the file as UTF-8")
+    first, second = (_column(path, column, header) for column in columns)
+    while True:
+        start = lines.number + 1
+        try:
+            row = next(rows, None)
+            problem = row and f"{len(row)} field{'s' * (len(row) != 1)}, the header has {len(header)}"
+        except csv.Error as error:
+            row, problem = [], f"cannot be read ({error})"
+        if row is None:
+            return
+        if lines.undecoded[0] >= start:
+            yield lines.undecoded
+        elif len(row) == len(header):
+            yield start, (row[first], row[second])
+        elif problem:  # a blank line has none and is nothing
+            swallowed = f"; the row runs to line {lines.number}, is a quote left open?" if lines.number > start else ""
+            yield start, problem + swallowed
+
+
+def _column(path: Path, column: str, names: list[str]) -> int:
+    if names.count(column) > 1:
+        raise ValueError(f"{path}: {names.count(column)} columns are called {column!r}; rename all but one")
+    if column not in names:
+        raise ValueError(f"{path}: no column {column!r}{_nearest(column, names) or '.'} It has: {', '.join(names)}")
+    return names.index(column)
+
+
+def _jsonl(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
+    lines = _Lines(path)
+    for line in lines:
+        if not line.strip():
+            continue
+        if lines.undecoded[0] == lines.number:
+            yield lines.undecoded
+            continue
+        try:
+            record = msgspec.json.decode(line)
+        except msgspec.DecodeError as error:
+            yield lines.number, f"not valid JSON ({error})"
+            continue
+        yield lines.number, _texts(record, columns)
+    if lines.number == 0:
+        raise ValueError(f"{path}: the file is empty")
+
+
+def _texts(record: object, columns: tuple[str, str]) -> tuple[str, str] | str:
+    """The two texts of a JSON record, or why it has none."""
+    if not isinstance(record, dict):
+        return f"a JSON {type(record).__name__}, not an object with the keys {columns[0]!r} and {columns[1]!r}"
+    for column in columns:
+        if column not in record:
+            return f"no key {column!r}{_nearest(column, record) or '.'} It has: {', '.join(record)}"
+        if not isinstance(record[column], str):
+            what = "null" if record[column] is None else f"of type {type(record[column]).__name__}"
+            return f"{column!r} is {what}, not a text"
+    return record[columns[0]], record[columns[1]]
+
+
+def _parquet(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install 'headway[parquet]'") from None
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for column in columns:
+                _column(path, column, file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(columns=list(dict.fromkeys(columns))):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, _texts(record, columns)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None

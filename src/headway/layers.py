@@ -1,0 +1,104 @@
+"""The small parts of a block: norms, feed-forwards, dropout, and the one table of initial weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from headway.spec import FeedForwardSpec
+
+NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+
+class FeedForward(nn.Module):
+    """activation(x W) V; gated: (activation(x W) * x U) V (GLU variants, 2002.05202)."""
+
+    def __init__(self, width: int, spec: FeedForwardSpec) -> None:
+        super().__init__()
+        hidden = spec.hidden or 4 * width
+        self.activation, self.gated = spec.activation, spec.gated
+        self.enter = nn.Linear(width, hidden * (2 if spec.gated else 1), bias=spec.bias)
+        self.leave = residual_output(nn.Linear(hidden, width, bias=spec.bias))
+
+    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        h = self.enter(x)
+        if not self.gated:
+            return self.leave(activate(h, self.activation))
+        gate, h = h.chunk(2, -1)
+        return self.leave(activate(gate, self.activation) * h)
+
+
+def activate(x: Float[Tensor, "*S"], name: str) -> Float[Tensor, "*S"]:
+    """The elementwise functions a spec can name; `relu2` is relu squared (2109.08668)."""
+    match name:
+        case "gelu":
+            return F.gelu(x)
+        case "relu":
+            return F.relu(x)
+        case "relu2":
+            return F.relu(x).square()
+        case "silu":
+            return F.silu(x)
+        case "tanh":
+            return torch.tanh(x)
+    raise ValueError(f"no activation '{name}'; there is gelu, relu, relu2, silu, tanh")
+
+
+class Dropout(nn.Module):
+    """Dropout that draws one random byte an element, eight to a number: on a CPU drawing is what dropout costs.
+
+    The probability is therefore a multiple of 1/256, and the scale is exact for the one used.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout is a share from 0 to below 1, not {p}")
+        self.p = p
+
+    def forward(self, x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+        dropped = round(256 * self.p)
+        if not self.training or dropped == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, dropped / 256)
+        count = x.numel()
+        words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        drawn = words.view(torch.uint8)[:count].view(x.shape)
+        return x * ((drawn >= dropped) * (256 / (256 - dropped))).to(x.dtype)
+
+
+def residual_output(linear: nn.Linear) -> nn.Linear:
+    """Marks the last map of a residual branch, which starts smaller (see `initialise`)."""
+    linear.is_residual_output = True  # type: ignore[assignment]
+    return linear
+
+
+def initialise(model: nn.Module, depth: int) -> None:
+    """The one table of initial weights; `depth` is the number of residual branches between input and output.
+
+    | what | weights | bias |
+    |---|---|---|
+    | linear | normal, 1/sqrt(inputs) | 0 |
+    | last linear of a residual branch | the same, over sqrt(depth) | 0 |
+    | embedding | normal, 1 | |
+    | recurrent (LSTM, GRU) | normal, 1/sqrt(hidden); forget gate's bias 1 | 0 |
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            scale = depth**-0.5 if getattr(module, "is_residual_output", False) else 1.0
+            nn.init.normal_(module.weight, std=scale * module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+        elif isinstance(module, nn.RNNBase):
+            for name, parameter in module.named_parameters():
+                if parameter.ndim == 1:
+                    nn.init.zeros_(parameter)
+                    if isinstance(module, nn.LSTM) and name.startswith("bias_ih"):
+                        nn.init.ones_(parameter[module.hidden_size : 2 * module.hidden_size])
+                else:
+                    nn.init.normal_(parameter, std=module.hidden_size**-0.5)

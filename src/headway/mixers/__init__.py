@@ -1,0 +1,129 @@
+"""Mixers let tokens exchange information. One file each: the file's name is its name in a spec.
+
+The contract, checked by `headway.testing.check_mixer`: `forward(x, *, mask, pos, state, context)` keeps the shape of
+x; `CAN` says truthfully which masks and uses it honours, and `require` refuses the rest; `init_state` makes what a
+stream remembers; `cost` tells FLOPs and state bytes. In a stream, padding stands on the left.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import sys
+from typing import Any, ClassVar, NamedTuple
+
+import msgspec
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headway.mask import Mask
+from headway.positions import Positions
+from headway.spec import convert, nearest
+from headway.state import State
+
+
+class Cost(NamedTuple):
+    """What one call costs: floating-point operations of its matrix products, and bytes that a stream remembers."""
+
+    flops: int
+    state_bytes: int
+
+
+class Mixer(nn.Module):
+    """The base of every mixer. `CAN` lists, out of: causal, bidirectional, cross, padding, segments, window, sinks,
+    prefix, globals, stream. Options are the keyword arguments of `__init__`, behind `width` and `positions`."""
+
+    CAN: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def can(self) -> frozenset[str]:
+        """What this instance honours; an option may narrow what its class `CAN`."""
+        return self.CAN
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        state: State | None = None,
+        context: Float[Tensor, "B S C"] | None = None,
+    ) -> Float[Tensor, "B T C"]:
+        raise TypeError(f"{type(self).__name__} defines no forward")
+
+    def init_state(self, batch: int, capacity: int, cross: bool = False) -> State:
+        """An empty state for `batch` rows; `capacity` is the number of tokens expected, a hint. `cross`: for a context."""
+        raise ValueError(f"{type(self).__name__} cannot stream: it has no state")
+
+    def cost(self, length: int, context_length: int | None = None) -> Cost:
+        """Of one row of `length` tokens, forward, unpadded; `state_bytes` after streaming them, in fp32."""
+        raise TypeError(f"{type(self).__name__} states no cost")
+
+    def require(self, mask: Mask, state: State | None = None, context: Tensor | None = None) -> None:
+        """Refuses loudly what this mixer cannot honour."""
+        asked = mask.facts if context is None else (mask.facts - {"causal", "bidirectional"}) | {"cross"}
+        asked = asked | {"stream"} if state is not None else asked
+        if missing := asked - self.can:
+            name = type(self).__name__
+            raise ValueError(
+                f"{name} cannot do {', '.join(sorted(missing))}; it can do {', '.join(sorted(self.can))}: "
+                "change the mask or choose another mixer (attention can do all)"
+            )
+
+
+def names() -> list[str]:
+    """Headway's own mixers, found by file name."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def find(name: str) -> type[Mixer]:
+    """The mixer class of a name, or of the dotted path of a module that the user's own code has imported."""
+    if "." not in name:
+        if name not in names():
+            raise ValueError(f"no mixer '{name}'{nearest(name, names())}")
+        module = importlib.import_module(f"{__name__}.{name}")
+    elif name not in sys.modules:
+        raise ValueError(
+            f"mixer '{name}' is not imported, and a spec never runs code: `import {name}` before, or pass --plugin {name}"
+        )
+    else:
+        module = sys.modules[name]
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Mixer) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise ValueError(f"a mixer's file defines one Mixer; {module.__name__} defines {len(found)}")
+    return found[0]
+
+
+def options(named: dict[str, Any]) -> tuple[type[Mixer], dict[str, Any]]:
+    """The class and the checked options of {"name": ..., option: value}."""
+    if not isinstance(named.get("name"), str):
+        raise ValueError(f"a mixer is {{'name': one of {', '.join(names())}, option: value}}, not {named!r}")
+    kind = find(named["name"])
+    signature = inspect.signature(kind.__init__, eval_str=True)
+    fields = [
+        (p.name, p.annotation) if p.default is p.empty else (p.name, p.annotation, p.default)
+        for p in signature.parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name != "positions"
+    ]
+    known = msgspec.defstruct(kind.__name__, fields, forbid_unknown_fields=True, kw_only=True)
+    given = {key: value for key, value in named.items() if key != "name"}
+    return kind, msgspec.structs.asdict(convert(given, known, f"mixer {named['name']}"))
+
+
+def build(named: dict[str, Any], width: int, positions: Positions) -> Mixer:
+    """A mixer from {"name": ..., option: value}; a wrong option is an error that names the nearest right one."""
+    kind, chosen = options(named)
+    return kind(width, positions=positions, **chosen)
+
+
+def head_dim(named: dict[str, Any], width: int) -> int | None:
+    """The head width that rotary positions need, where the mixer has heads at all."""
+    _, chosen = options(named)
+    if "heads" not in chosen:
+        return None
+    return chosen.get("head_dim") or width // chosen["heads"]

@@ -1,0 +1,143 @@
+"""Attention: projections around `attend`; self and cross; multi-head, grouped and multi-query.
+
+y = W_o attend(W_q x, W_k c, W_v c), c = x or the context. arXiv 1706.03762; grouped heads 2305.13245, one key/value
+head 1911.02150. A window is a mask over exact attention, so it is an option here and no mixer of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headway.attend import FULL, attend, weights
+from headway.layers import residual_output
+from headway.mask import Mask
+from headway.mixers import Cost, Mixer
+from headway.positions import Positions
+from headway.state import Cross, KeyValue, Ring, State
+
+
+class Attention(Mixer):
+    """Exact attention.
+
+    heads: query heads. kv_heads: key/value heads shared by groups of queries (default: as many).
+    head_dim: default width / heads. bias: on the projections. window: (left, right), tokens seen to either side.
+    sinks: first tokens that stay visible to a window.
+    """
+
+    CAN: ClassVar = frozenset(
+        {"causal", "bidirectional", "cross", "padding", "segments", "window", "sinks", "prefix", "globals", "stream"}
+    )
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        positions: Positions | None = None,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        bias: bool = False,
+        window: tuple[int | None, int | None] | None = None,
+        sinks: int = 0,
+    ) -> None:
+        super().__init__()
+        kv_heads = kv_heads or heads
+        if head_dim is None and width % heads:
+            raise ValueError(f"attention: width {width} is not a multiple of {heads} heads; set head_dim or other heads")
+        if heads % kv_heads:
+            raise ValueError(f"attention: {heads} heads do not share {kv_heads} kv_heads evenly")
+        self.width, self.heads, self.kv_heads = width, heads, kv_heads
+        self.head_dim = head_dim or width // heads
+        self.positions = positions or Positions()
+        self.local = Mask(window=window, sinks=sinks) if window else FULL
+        self.query = nn.Linear(width, heads * self.head_dim, bias=bias)
+        self.key_value = nn.Linear(width, 2 * kv_heads * self.head_dim, bias=bias)
+        self.out = residual_output(nn.Linear(heads * self.head_dim, width, bias=bias))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        state: State | None = None,
+        context: Float[Tensor, "B S C"] | None = None,
+    ) -> Float[Tensor, "B T C"]:
+        self.require(mask, state, context)
+        q = self._heads(self.query(x), self.heads)
+        if context is None:
+            y = self._own(q, x, mask & self.local, pos, state)
+        else:
+            k, v = self._keys_values(context) if state is None else self._remembered(state, context)
+            y = attend(q, k, v, mask)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def map(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        context: Float[Tensor, "B S C"] | None = None,
+    ) -> Float[Tensor, "B H T S"]:
+        """The weights that `forward` uses for the same input, by the reference; rows sum to one."""
+        q = self._heads(self.query(x), self.heads)
+        k, _ = self._keys_values(x if context is None else context)
+        if context is not None:
+            return weights(q, k, mask)
+        q, k = self.positions.rotate(q, pos), self.positions.rotate(k, pos)
+        return weights(q, k, mask & self.local, q_pos=pos, k_pos=pos, bias=self.positions.bias(self.heads, pos, pos))
+
+    def _own(self, q: Tensor, x: Tensor, mask: Mask, pos: Tensor, state: State | None) -> Tensor:
+        k, v = self._keys_values(x)
+        q, k = self.positions.rotate(q, pos), self.positions.rotate(k, pos)
+        if state is None:
+            bias = self.positions.bias(self.heads, pos, pos)
+            if mask.valid is None:  # positions count up by one, so indices say the same and the kernel stays free
+                return attend(q, k, v, mask, bias=bias)
+            return attend(q, k, v, mask, q_pos=pos, k_pos=pos, bias=bias)
+        if not isinstance(state, KeyValue | Ring):
+            raise ValueError(f"attention streams with a KeyValue or a Ring, not {type(state).__name__}: use init_state")
+        if mask.segments is not None:
+            raise ValueError("attention cannot stream packed segments: stream one sequence a row")
+        k, v, k_pos = state.append(k, v, pos, padded=mask.valid is not None)
+        bias = self.positions.bias(self.heads, pos, k_pos)
+        if pos.shape[1] == 1 and not state.padded and mask.facts == {"causal"} and bias is None:
+            return attend(q, k, v)  # the newest token sees all that came before
+        return attend(q, k, v, replace(mask, valid=None), q_pos=pos, k_pos=k_pos, bias=bias)
+
+    def _remembered(self, state: State, context: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(state, Cross):
+            raise ValueError("attention over a context needs a Cross state: make it with init_state(..., cross=True)")
+        if not state.kept:
+            state.kept = self._keys_values(context)
+        k, v = state.kept
+        return k, v
+
+    def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.key_value(x).chunk(2, -1)
+        return self._heads(k, self.kv_heads), self._heads(v, self.kv_heads)
+
+    def _heads(self, x: Tensor, heads: int) -> Tensor:
+        return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)  # B H T D
+
+    def init_state(self, batch: int, capacity: int, cross: bool = False) -> State:
+        if cross:
+            return Cross()
+        if self.local.window is not None and self.local.window[0] is not None:
+            return Ring(self.local.window[0], self.local.sinks)
+        return KeyValue(capacity)
+
+    def cost(self, length: int, context_length: int | None = None) -> Cost:
+        keys = context_length or length
+        inner, shared = self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim
+        projections = 2 * self.width * (2 * length * inner + keys * shared)
+        held = keys
+        if context_length is None and self.local.window is not None and self.local.window[0] is not None:
+            held = min(length, self.local.window[0] + self.local.sinks)
+        position_bytes = 0 if context_length else 8
+        return Cost(projections + 4 * length * keys * inner, held * (4 * shared + position_bytes))

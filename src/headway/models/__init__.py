@@ -1,0 +1,34 @@
+"""Models: how stacks become an encoder-decoder, a decoder, an encoder. One file each, found by its name in a spec."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+from torch import nn
+
+from headway.layers import initialise
+from headway.spec import convert, nearest
+
+
+def names() -> list[str]:
+    """The kinds of model there are, by file name."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def parse(spec: dict[str, Any]) -> Any:
+    """The typed spec of {"kind": ..., ...}; each file in this folder defines `Spec` and `Model`."""
+    kind = spec.get("kind")
+    if kind not in names():
+        raise ValueError(f"model.kind: no model '{kind}'{nearest(str(kind), names())}")
+    fields = {key: value for key, value in spec.items() if key != "kind"}
+    return convert(fields, importlib.import_module(f"{__name__}.{kind}").Spec, "model")
+
+
+def build(spec: dict[str, Any]) -> nn.Module:
+    """A freshly initialised model from its spec alone."""
+    parsed = parse(spec)
+    model = importlib.import_module(f"{__name__}.{spec['kind']}").Model(parsed)
+    initialise(model, model.branches)
+    return model

@@ -1,0 +1,94 @@
+"""Encoder-decoder: reads a source, writes a target (1409.3215; with attention 1409.0473, 1706.03762).
+
+p(y_t | y_<t, x) = softmax(W decoder(y_<t, encoder(x))). What mixes the tokens on either side, and how the decoder
+looks at the encoder, is the spec's: an RNN with one fixed vector, a convolution, a Transformer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headway.block import Stack, States
+from headway.mask import Mask
+from headway.positions import positions_of
+from headway.spec import StackSpec, Strict
+
+
+class Spec(Strict):
+    """Vocabularies come from the tokenizers where a recipe leaves them at 0. `tie`: the head shares the embedding."""
+
+    width: int
+    encoder: StackSpec
+    decoder: StackSpec
+    source_vocab: int = 0
+    target_vocab: int = 0
+    dropout: float = 0.0
+    tie: bool = False
+
+
+class Memory(NamedTuple):
+    """What the encoder leaves for the decoder: `x` is `Float[B S C]`, `valid` is `Bool[B S]` or None."""
+
+    x: Tensor
+    valid: Tensor | None
+
+
+class Model(nn.Module):
+    """An encoder stack and a decoder stack with their embeddings and a head."""
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        if min(spec.source_vocab, spec.target_vocab) < 1:
+            raise ValueError("seq2seq: source_vocab and target_vocab come from the tokenizers and are still 0")
+        self.source = nn.Embedding(spec.source_vocab, spec.width)
+        self.target = nn.Embedding(spec.target_vocab, spec.width)
+        self.encoder = Stack(spec.encoder, spec.width, spec.dropout)
+        self.decoder = Stack(spec.decoder, spec.width, spec.dropout)
+        self.head = nn.Linear(spec.width, spec.target_vocab)
+        if spec.tie:
+            self.head.weight = self.target.weight
+        self.branches = max(self.encoder.branches, self.decoder.branches)
+
+    def encode(self, source: Int[Tensor, "B S"], valid: Tensor | None = None) -> Memory:
+        """Reads the source; `valid` is `Bool[B S]`, false at padding, which may stand on either side."""
+        pos = positions_of(valid, *source.shape, source.device)
+        return Memory(self.encoder(self.source(source), mask=Mask(valid=valid), pos=pos), valid)
+
+    def decode(
+        self,
+        target: Int[Tensor, "B T"],
+        memory: Memory,
+        *,
+        pos: Int[Tensor, "B T"] | None = None,
+        valid: Tensor | None = None,
+        state: States | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of the token behind each one of `target`. With a state, `pos` says where the new tokens stand."""
+        if state is not None and pos is None:
+            raise ValueError("seq2seq.decode: a stream needs pos=, the positions of the new tokens")
+        pos = positions_of(valid, *target.shape, target.device) if pos is None else pos
+        x = self.decoder(
+            self.target(target),
+            mask=Mask(causal=True, valid=valid),
+            pos=pos,
+            state=state,
+            context=memory.x,
+            context_mask=Mask(valid=memory.valid),
+        )
+        return self.head(x)
+
+    def forward(
+        self,
+        source: Int[Tensor, "B S"],
+        target: Int[Tensor, "B T"],
+        source_valid: Tensor | None = None,
+        target_valid: Tensor | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        return self.decode(target, self.encode(source, source_valid), valid=target_valid)
+
+    def init_state(self, batch: int, capacity: int) -> States:
+        """What the decoder remembers between calls, empty."""
+        return self.decoder.init_state(batch, capacity)

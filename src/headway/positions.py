@@ -1,0 +1,111 @@
+"""Positions: how a model learns where a token stands.
+
+`pos: Int[B T]` always travels with the tokens. A scheme has three hooks and overrides those it needs: `embed(x, pos)`
+on the embeddings, `rotate(x, pos)` on queries and keys, `bias(q_pos, k_pos)` on the scores. No scheme ever sees a
+length or an offset, so that decoding step by step and prefill agree by construction. Padding stands at -1.
+"""
+
+from __future__ import annotations
+
+import math
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headway.spec import PositionSpec
+
+
+class Positions(nn.Module):
+    """The scheme that does nothing, and the three hooks of all others."""
+
+    def embed(self, x: Float[Tensor, "B T C"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
+        return x
+
+    def rotate(self, x: Float[Tensor, "B H T D"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B H T D"]:
+        return x
+
+    def bias(self, heads: int, q_pos: Int[Tensor, "B T"], k_pos: Int[Tensor, "B S"]) -> Float[Tensor, "B H T S"] | None:
+        return None
+
+
+class Learned(Positions):
+    """One vector a position (1706.03762, section 3.5)."""
+
+    def __init__(self, width: int, length: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(length, width)
+
+    def embed(self, x: Float[Tensor, "B T C"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
+        if x.shape[1] > self.table.num_embeddings:
+            raise ValueError(
+                f"{x.shape[1]} tokens, and the learned positions end at {self.table.num_embeddings}: "
+                "shorten the input or train with a larger positions.length"
+            )
+        return x + self.table(pos.clamp(min=0))
+
+
+class Sinusoidal(Positions):
+    """sin and cos of pos / base^(2i/C), in two halves (1706.03762)."""
+
+    def __init__(self, width: int, base: float) -> None:
+        super().__init__()
+        self.register_buffer("rates", _rates(width, base), persistent=False)
+        self.rates: Tensor
+
+    def embed(self, x: Float[Tensor, "B T C"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
+        angles = pos[..., None].float() * self.rates
+        return x + torch.cat([angles.sin(), angles.cos()], -1).to(x.dtype)
+
+
+class Rotary(Positions):
+    """Rotates each pair (x_i, x_{i+D/2}) of a query or key by pos * base^(-2i/D) (2104.09864)."""
+
+    def __init__(self, head_dim: int, base: float) -> None:
+        super().__init__()
+        self.register_buffer("rates", _rates(head_dim, base), persistent=False)
+        self.rates: Tensor
+
+    def rotate(self, x: Float[Tensor, "B H T D"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B H T D"]:
+        angles = pos[:, None, :, None].float() * self.rates
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class Alibi(Positions):
+    """A penalty on the score that grows with distance, one slope a head: -2^(-8h/H) |q - k| (2108.12409)."""
+
+    def bias(self, heads: int, q_pos: Int[Tensor, "B T"], k_pos: Int[Tensor, "B S"]) -> Float[Tensor, "B H T S"]:
+        slopes = 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=q_pos.device) / heads)
+        distance = (q_pos[:, None, :, None] - k_pos[:, None, None, :]).abs()
+        return -slopes[:, None, None] * distance
+
+
+def build_positions(spec: PositionSpec, width: int, head_dim: int | None) -> Positions:
+    """The scheme a stack's spec asks for; `head_dim` is that of the stack's attention mixers, None without any."""
+    match spec.name:
+        case "none":
+            return Positions()
+        case "learned":
+            return Learned(width, spec.length)
+        case "sinusoidal":
+            return Sinusoidal(width, spec.base)
+        case "alibi":
+            return Alibi()
+        case "rotary":
+            if head_dim is None:
+                return Positions()
+            if head_dim % 2:
+                raise ValueError(f"rotary positions turn pairs, and head_dim is {head_dim}: choose an even one")
+            return Rotary(head_dim, spec.base)
+
+
+def positions_of(valid: Tensor | None, rows: int, length: int, device: torch.device) -> Int[Tensor, "B T"]:
+    """0, 1, 2, ... over the tokens that are there, -1 at padding, whichever side it stands on."""
+    if valid is None:
+        return torch.arange(length, device=device).expand(rows, length)
+    return torch.where(valid, valid.cumsum(1) - 1, -1)
+
+
+def _rates(width: int, base: float) -> Tensor:
+    return torch.exp(torch.arange(0, width, 2).float() * (-math.log(base) / width))

@@ -1,0 +1,143 @@
+"""Spec: what a model is, as data. Frozen, typed, strict; a model is rebuilt from its saved spec alone.
+
+A misspelt key is an error that names the nearest right one. Nothing in a spec is ever executed: a mixer outside
+Headway is named by its dotted path and must have been imported by the user's own code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+
+class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A frozen record that refuses keys it does not know."""
+
+
+T = TypeVar("T")
+
+
+class FeedForwardSpec(Strict):
+    """`hidden` is the inner width (default: four times the model's); `gated` multiplies by a second branch (GLU)."""
+
+    hidden: int | None = None
+    activation: Literal["gelu", "relu", "relu2", "silu", "tanh"] = "gelu"
+    gated: bool = False
+    bias: bool = True
+
+
+class BlockSpec(Strict):
+    """norm -> mixer -> +, norm -> cross -> +, norm -> feedforward -> +; what is absent is left out.
+
+    `mixer` and `cross` name a file in `mixers/` and its options: {"name": "attention", "heads": 4}.
+    """
+
+    mixer: dict[str, Any] | None = None
+    cross: dict[str, Any] | None = None
+    feedforward: FeedForwardSpec | None = None
+    norm: Literal["layer", "rms"] = "layer"
+    wiring: Literal["pre", "post", "sandwich", "parallel"] = "pre"
+
+
+class PositionSpec(Strict):
+    """`name`: none, learned, sinusoidal, rotary or alibi. `length`: a learned table's size. `base`: of the angles."""
+
+    name: Literal["none", "learned", "sinusoidal", "rotary", "alibi"] = "rotary"
+    length: int = 512
+    base: float = 10000.0
+
+
+class StackSpec(Strict):
+    """`blocks`, in order, `repeat` times over; so a hybrid is a list of two blocks."""
+
+    blocks: tuple[BlockSpec, ...]
+    repeat: int = 1
+    positions: PositionSpec = PositionSpec()
+    final_norm: bool = True
+
+
+def convert(data: Any, kind: type[T], where: str = "spec") -> T:
+    """`data` as a `kind`, or a ValueError of one line that names the place, the fault and the nearest right key."""
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{where}: {_explain(str(error), data, kind)}") from None
+
+
+def override(data: dict[str, Any], assignment: str) -> dict[str, Any]:
+    """A copy of `data` with one dotted key set: `override(recipe, "optimizer.lr=1e-3")`. The value is read as YAML."""
+    import yaml
+
+    key, sign, text = assignment.partition("=")
+    if not sign or not key:
+        raise ValueError(f"--set {assignment}: expected key=value, as in optimizer.lr=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {assignment}: the value is not valid YAML") from None
+    return _put(data, key.split("."), number(value), assignment)
+
+
+def number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean the number."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    if isinstance(value, dict):
+        return {key: number(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [number(inner) for inner in value]
+    return value
+
+
+def nearest(word: str, words: Any) -> str:
+    """`; did you mean 'x'?` where one of `words` is near, else a list of what there is."""
+    words = sorted(words)
+    close = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; there is {', '.join(words)}"
+
+
+def _put(data: Any, keys: list[str], value: Any, assignment: str) -> Any:
+    key, rest = keys[0], keys[1:]
+    if isinstance(data, list):
+        if not key.isdigit() or int(key) >= len(data):
+            raise ValueError(f"--set {assignment}: '{key}' is no place in a list of {len(data)}")
+        return [_put(v, rest, value, assignment) if rest and i == int(key) else (value if i == int(key) else v)
+                for i, v in enumerate(data)]  # fmt: skip
+    if data is not None and not isinstance(data, dict):
+        raise ValueError(f"--set {assignment}: '{key}' is looked for inside {data!r}, which has no keys")
+    data = data or {}
+    return {**data, key: _put(data.get(key), rest, value, assignment) if rest else value}
+
+
+def _explain(message: str, data: Any, kind: Any) -> str:
+    """msgspec's message with the nearest key: it knows the path and the unknown word, and we know the fields."""
+    match = re.match(r"Object contains unknown field `(.+?)`(?: - at `(.+?)`)?$", message)
+    if not match:
+        return message.replace(" - at `$.", " at `").replace(" - at `$", " at `")
+    word, path = match.group(1), (match.group(2) or "$")[1:].lstrip(".")
+    place = f"{path}.{word}" if path else word
+    return f"unknown key '{place}'{nearest(word, _fields_at(kind, path))}"
+
+
+def _fields_at(kind: Any, path: str) -> list[str]:
+    """The field names of the struct at a msgspec path such as `encoder.blocks[0].feedforward` or `models[...]`."""
+    info: Any = msgspec.inspect.type_info(kind)
+    for step in re.findall(r"[^.\[\]]+|\[[^\]]*\]", path):
+        info = _struct_of(info)
+        if step.startswith("["):
+            info = getattr(info, "item_type", None) or getattr(info, "value_type", None) or info
+        elif isinstance(info, msgspec.inspect.StructType):
+            info = next((field.type for field in info.fields if field.encode_name == step), info)
+        else:
+            info = getattr(info, "value_type", info)
+    info = _struct_of(info)
+    return [field.encode_name for field in info.fields] if isinstance(info, msgspec.inspect.StructType) else []
+
+
+def _struct_of(info: Any) -> Any:
+    if isinstance(info, msgspec.inspect.UnionType):
+        return next((t for t in info.types if not isinstance(t, msgspec.inspect.NoneType)), info)
+    return info

@@ -1,0 +1,163 @@
+"""State: what one mixer remembers between calls, so that a stream costs one token at a time.
+
+A mixer makes its own (`init_state`); a model holds them in a plain list. Each can `reorder` its rows (beams, rows
+that are done), `rewind` to an earlier length where it still can (speculation), and tell its `nbytes`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class State(Protocol):
+    """The contract of every state."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the remembered tensors hold."""
+        ...
+
+    def reorder(self, rows: Int[Tensor, "R"]) -> None:
+        """Row i becomes what row `rows[i]` was; rows may repeat, and may be left out."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens, or raise a ValueError where the past is not kept."""
+        ...
+
+
+class KeyValue:
+    """Keys and values of all tokens so far, in slots that grow by doubling. Unfilled and padded slots stand at -1."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = max(capacity, 1)
+        self.length = 0
+        self.padded = False  # known on the Python side, so that no mask is made where none is needed
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.pos: Tensor | None = None
+
+    def append(
+        self, k: Float[Tensor, "B G T D"], v: Float[Tensor, "B G T E"], pos: Int[Tensor, "B T"], padded: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Remembers the new tokens and returns keys, values and positions of all of them."""
+        end = self.length + k.shape[2]
+        if self.k is None:
+            self.capacity = max(self.capacity, end)
+            self.k, self.v = _slots(k, self.capacity), _slots(v, self.capacity)
+            self.pos = pos.new_full((pos.shape[0], self.capacity), -1)
+        assert self.k is not None and self.v is not None and self.pos is not None
+        if end > self.capacity:
+            self._grow(max(end, 2 * self.capacity))
+        self.k[:, :, self.length : end] = k
+        self.v[:, :, self.length : end] = v
+        self.pos[:, self.length : end] = pos
+        self.length, self.padded = end, self.padded or padded
+        return self.k[:, :, :end], self.v[:, :, :end], self.pos[:, :end]
+
+    def _grow(self, capacity: int) -> None:
+        assert self.k is not None and self.v is not None and self.pos is not None
+        extra = capacity - self.capacity
+        self.k = torch.cat([self.k, _slots(self.k, extra)], 2)
+        self.v = torch.cat([self.v, _slots(self.v, extra)], 2)
+        self.pos = torch.cat([self.pos, self.pos.new_full((self.pos.shape[0], extra), -1)], 1)
+        self.capacity = capacity
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(self.k, self.v, self.pos)
+
+    def reorder(self, rows: Int[Tensor, "R"]) -> None:
+        if self.k is not None and self.v is not None and self.pos is not None:
+            self.k, self.v, self.pos = self.k[rows], self.v[rows], self.pos[rows]
+
+    def rewind(self, length: int) -> None:
+        if length > self.length:
+            raise ValueError(f"cannot rewind to {length} tokens: only {self.length} are remembered")
+        if self.pos is not None:
+            self.pos[:, length:] = -1
+        self.length = length
+
+
+class Ring:
+    """Keys and values of the last `window` tokens (and of the first `sinks`): constant memory, however long the stream."""
+
+    def __init__(self, window: int, sinks: int = 0) -> None:
+        self.window, self.sinks = window, sinks
+        self.length = 0
+        self.padded = False
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.pos: Tensor | None = None
+
+    def append(
+        self, k: Float[Tensor, "B G T D"], v: Float[Tensor, "B G T E"], pos: Int[Tensor, "B T"], padded: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns what is remembered and the new tokens behind it; then keeps the sinks and the last `window`."""
+        self.length += pos.shape[1]
+        if self.k is not None and self.v is not None and self.pos is not None:
+            k, v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
+            pos = torch.cat([self.pos, pos], 1)
+        size = pos.shape[1]
+        first = min(self.sinks, size)
+        kept = torch.cat([torch.arange(first), torch.arange(max(first, size - self.window), size)]).to(pos.device)
+        self.k, self.v, self.pos = k[:, :, kept], v[:, :, kept], pos[:, kept]
+        self.padded = self.padded or padded
+        return k, v, pos
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(self.k, self.v, self.pos)
+
+    def reorder(self, rows: Int[Tensor, "R"]) -> None:
+        if self.k is not None and self.v is not None and self.pos is not None:
+            self.k, self.v, self.pos = self.k[rows], self.v[rows], self.pos[rows]
+
+    def rewind(self, length: int) -> None:
+        raise ValueError("a ring keeps only its window and cannot rewind: stream again from the start")
+
+
+class Cross:
+    """Keys and values of a context that does not change: written at the first call, read ever after."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(*self.kept)
+
+    def reorder(self, rows: Int[Tensor, "R"]) -> None:
+        self.kept = tuple(tensor[rows] for tensor in self.kept)
+
+    def rewind(self, length: int) -> None:
+        """A context has no past of its own."""
+
+
+class Recurrent:
+    """A few tensors of fixed size that sum up all of the past."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(*self.tensors)
+
+    def reorder(self, rows: Int[Tensor, "R"]) -> None:
+        self.tensors = tuple(tensor[rows] for tensor in self.tensors)
+
+    def rewind(self, length: int) -> None:
+        raise ValueError("a recurrent state sums up its past and cannot rewind: stream again from the start")
+
+
+def _slots(like: Tensor, count: int) -> Tensor:
+    return like.new_zeros(like.shape[0], like.shape[1], count, like.shape[3])
+
+
+def _bytes(*tensors: Tensor | None) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)

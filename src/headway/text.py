@@ -1,0 +1,123 @@
+"""Text to ids and back: characters, whitespace words or byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909).
+
+A thin shell over one `tokenizers.Tokenizer`. The first four ids are always PAD, BOS, EOS, UNK, and text can never
+produce the first three: a literal "<eos>" in the data is ordinary text.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+import msgspec
+
+if TYPE_CHECKING:
+    import tokenizers
+
+PAD, BOS, EOS, UNK = 0, 1, 2, 3
+SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
+_BYTES = 256  # byte-level BPE starts from every byte, so that nothing is unknown to it
+
+
+class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a token is. `vocab` is the size a BPE vocabulary grows to; the other kinds take what the text holds."""
+
+    kind: Literal["characters", "whitespace", "bpe"] = "characters"
+    vocab: int = 1000
+
+
+class Tokenizer:
+    """One trained tokenizer: `encode` adds no specials, `decode` drops them and stops at EOS."""
+
+    def __init__(self, core: "tokenizers.Tokenizer") -> None:
+        core.encode_special_tokens = True  # "<eos>" in a text is text; the JSON file does not keep this switch
+        self._core = core
+
+    @property
+    def vocab(self) -> int:
+        """How many ids there are, the four specials included."""
+        return self._core.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._core.encode(text, add_special_tokens=False).ids
+        # a whitespace word spelt like a special would otherwise be found in the vocabulary
+        return [max(token, UNK) for token in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        ids = self._checked(ids)
+        end = ids.index(EOS) if EOS in ids else len(ids)
+        return self._core.decode([token for token in ids[:end] if token > UNK])
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """Each id as a readable piece of text, specials by name: labels for an axis."""
+        return [SPECIALS[token] if token <= UNK else self._core.decode([token]) for token in self._checked(ids)]
+
+    def save(self, path: Path) -> None:
+        """Write the `tokenizers` library's own JSON, one file."""
+        self._core.save(str(path))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        import tokenizers
+
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such tokenizer file")
+        try:
+            core = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 (the library raises no narrower one)
+            raise ValueError(f"{path}: not a tokenizer file ({error})") from None
+        first = [core.id_to_token(i) for i in range(len(SPECIALS))]
+        if first != SPECIALS:
+            raise ValueError(f"{path}: its first ids are {first}, not {SPECIALS}; it was not saved by headway")
+        return cls(core)
+
+    @classmethod
+    def train(cls, spec: TokenizerSpec, texts: Iterable[str]) -> Self:
+        """Learn the vocabulary of `texts`; the same texts in any order give the same ids (BPE: the same merges)."""
+        if spec.kind not in ("characters", "whitespace", "bpe"):
+            raise ValueError(f"tokenizer kind {spec.kind!r} is unknown: use 'characters', 'whitespace' or 'bpe'")
+        core = _train_bpe(texts, spec.vocab) if spec.kind == "bpe" else _collect(texts, spec.kind)
+        if spec.kind != "bpe" and core.get_vocab_size() == len(SPECIALS):
+            raise ValueError(f"cannot train a {spec.kind} tokenizer: the texts hold not one token")
+        return cls(core)
+
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        ids = [int(token) for token in ids]
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab):
+            wrong = next(token for token in ids if not 0 <= token < self.vocab)
+            raise ValueError(f"id {wrong} is outside this tokenizer's {self.vocab} ids (0 to {self.vocab - 1})")
+        return ids
+
+
+def _collect(texts: Iterable[str], kind: str) -> "tokenizers.Tokenizer":
+    """A vocabulary of every character or word of the texts, sorted."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    if kind == "characters":
+        split = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # "." would drop the newline
+        found = {character for text in texts for character in text}
+    else:
+        split = pre_tokenizers.WhitespaceSplit()
+        found = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
+    vocab = {token: i for i, token in enumerate(SPECIALS + sorted(found - set(SPECIALS)))}
+    core = Tokenizer(models.WordLevel(vocab, unk_token=SPECIALS[UNK]))
+    core.pre_tokenizer = split
+    if kind == "characters":
+        core.decoder = decoders.Fuse()  # without a decoder the library joins with a space
+    core.add_special_tokens(SPECIALS)
+    return core
+
+
+def _train_bpe(texts: Iterable[str], vocab: int) -> "tokenizers.Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab < len(SPECIALS) + _BYTES:
+        raise ValueError(f"vocab={vocab} is too small for bpe: {_BYTES} bytes and 4 specials need at least 260")
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False),
+    )
+    return core
