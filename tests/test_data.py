@@ -327,7 +327,7 @@ def test_little_is_padding() -> None:
     padded = sum(batch.source.numel() + batch.target_in.numel() for batch in batches)
     real = sum(batch.tokens for batch in batches)
     alone = collate(EXAMPLES)
-    assert 1 - real / padded < 0.08
+    assert 1 - real / padded < 0.1
     assert 1 - alone.tokens / (alone.source.numel() + alone.target_in.numel()) > 0.4  # what grouping saves
 
 

@@ -41,10 +41,13 @@ def attend(
     chosen = backend or "sdpa"
     if chosen not in BACKENDS:
         raise ValueError(f"attend: no backend '{chosen}'; there is {', '.join(BACKENDS)}")
-    if mask.causal and (q_pos is None) != (k_pos is None):
-        raise ValueError("attend: a causal mask compares positions: give q_pos and k_pos, or neither")
-    if mask.causal and q_pos is None and q.shape[2] != k.shape[2]:
-        raise ValueError(f"attend: {q.shape[2]} queries and {k.shape[2]} keys under a causal mask need q_pos and k_pos")
+    compares = ", ".join(sorted(mask.facts & {"causal", "window"}))
+    if compares and (q_pos is None) != (k_pos is None):
+        raise ValueError(f"attend: a {compares} mask compares positions: give q_pos and k_pos, or neither")
+    if compares and q_pos is None and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"attend: {q.shape[2]} queries and {k.shape[2]} keys under a {compares} mask need q_pos and k_pos"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return BACKENDS[chosen](q, k, v, mask, q_pos, k_pos, bias, scale, dropout)
 
@@ -79,7 +82,7 @@ def reference(
     k, v = (torch.where(seen, t, 0).repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     scores = (q @ k.mT) * scale
     if bias is not None:
-        scores = scores + bias
+        scores = scores + bias.to(scores.dtype)
     alive = allowed.any(-1, keepdim=True)
     scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(~alive, 0.0)
     weights = F.dropout(scores.softmax(-1), dropout)
@@ -117,12 +120,11 @@ def sdpa(
     free = bias is None and q_pos is None and k_pos is None and mask.facts <= {"causal", "bidirectional"}
     if free:
         return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=mask.causal, scale=scale, enable_gqa=grouped
+            q, k, v, dropout_p=dropout, is_causal="causal" in mask.facts, scale=scale, enable_gqa=grouped
         )
-    positions = _positions(q, k, q_pos, k_pos)
-    allowed = mask.allows(*positions)[:, None]  # B 1 T S, or B 1 1 S where queries do not differ
-    unseen = positions[1] < 0 if mask.valid is None else ~mask.valid | (positions[1] < 0)
-    k, v = (t.masked_fill(unseen[:, None, :, None], 0.0) for t in (k, v))
+    allowed = mask.allows(*_positions(q, k, q_pos, k_pos))[:, None]  # B 1 T S, or B 1 1 S where queries do not differ
+    unseen = ~allowed.any(-2)[..., None]
+    k, v = (t.masked_fill(unseen, 0.0) for t in (k, v))
     alive = allowed.any(-1, keepdim=True)
     lowered = allowed | ~alive
     if bias is not None:

@@ -3,12 +3,13 @@
     x -> [norm -> mixer -> +] -> [norm -> cross -> +] -> [norm -> feedforward -> +] -> y
 
 Each bracket is a `Residual`; where the norm stands (pre, post, sandwich) is which parts are passed to it, and an
-absent part is an Identity, so that there is one forward and no flag in it. `parallel` sums branches of one norm.
+absent part is an Identity, so that there is one forward and no flag in it. `parallel` sums branches that read x itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ States = list[tuple[State | None, State | None]]  # per block: the mixer's and t
 
 class Residual(nn.Module):
     """after(x + dropout(behind(inner(before(x))))), every part but `inner` possibly Identity."""
+
+    inner: Any  # a Mixer or a FeedForward
 
     def __init__(
         self, inner: nn.Module, before: nn.Module, behind: nn.Module, after: nn.Module, dropout: nn.Module
@@ -67,11 +70,18 @@ class Block(nn.Module):
         if (cross := self.cross) is not None:
             if context is None:
                 raise ValueError("this block has a cross mixer and was given no context: pass context=")
-            call = lambda h: cross.inner(h, mask=context_mask, pos=pos, state=state[1], context=context)  # noqa: E731
+            call = lambda h: cross.inner(h, mask=context_mask, pos=pos, state=state[1], context=context)
             parts.append((cross, call))
         if self.feedforward is not None:
             parts.append((self.feedforward, self.feedforward.inner))
         return parts
+
+    def init_state(self, batch: int, capacity: int) -> tuple[State | None, State | None]:
+        """The states of the mixer and of the cross mixer, empty."""
+        return (
+            self.mixer.inner.init_state(batch, capacity) if self.mixer is not None else None,
+            self.cross.inner.init_state(batch, capacity, cross=True) if self.cross is not None else None,
+        )
 
     def forward(
         self,
@@ -110,7 +120,7 @@ class ParallelBlock(Block):
 def build_block(spec: BlockSpec, width: int, positions: Positions, dropout: float) -> Block:
     """A block from its spec."""
     norm = NORMS[spec.norm]
-    wiring = {  # which of (before, behind, after) is a norm
+    before, behind, after = {  # which of them is a norm
         "pre": (norm, None, None),
         "post": (None, None, norm),
         "sandwich": (norm, norm, None),
@@ -118,10 +128,13 @@ def build_block(spec: BlockSpec, width: int, positions: Positions, dropout: floa
     }[spec.wiring]
     residual, block = (Branch, ParallelBlock) if spec.wiring == "parallel" else (Residual, Block)
 
+    def place(part: type[nn.Module] | None) -> nn.Module:
+        return nn.Identity() if part is None else part(width)
+
     def wire(inner: nn.Module | None) -> Residual | None:
         if inner is None:
             return None
-        return residual(inner, *(part(width) if part else nn.Identity() for part in wiring), Dropout(dropout))
+        return residual(inner, place(before), place(behind), place(after), Dropout(dropout))
 
     return block(
         wire(mixers.build(spec.mixer, width, positions) if spec.mixer is not None else None),
@@ -138,12 +151,13 @@ class Stack(nn.Module):
         if not spec.blocks or spec.repeat < 1:
             raise ValueError(f"a stack has one block or more; this one has {len(spec.blocks)} repeated {spec.repeat}x")
         blocks = spec.blocks * spec.repeat
-        dims = {mixers.head_dim(b.mixer, width) for b in blocks if b.mixer is not None} - {None}
+        found = [mixers.head_dim(block.mixer, width) for block in blocks if block.mixer is not None]
+        dims = {dim for dim in found if dim is not None}
         if len(dims) > 1:
             raise ValueError(f"the attention mixers of one stack share a head width; these differ: {sorted(dims)}")
         self.positions = build_positions(spec.positions, width, next(iter(dims), None))
         self.dropout = Dropout(dropout)
-        self.blocks = nn.ModuleList(build_block(block, width, self.positions, dropout) for block in blocks)
+        self.blocks: Any = nn.ModuleList(build_block(block, width, self.positions, dropout) for block in blocks)
         self.norm = NORMS[blocks[-1].norm](width) if spec.final_norm else nn.Identity()
 
     @property
@@ -153,13 +167,7 @@ class Stack(nn.Module):
 
     def init_state(self, batch: int, capacity: int) -> States:
         """One state a mixer, as a plain list; pass it to every call of a stream."""
-        return [
-            (
-                block.mixer.inner.init_state(batch, capacity) if block.mixer is not None else None,
-                block.cross.inner.init_state(batch, capacity, cross=True) if block.cross is not None else None,
-            )
-            for block in self.blocks
-        ]
+        return [block.init_state(batch, capacity) for block in self.blocks]
 
     def forward(
         self,

@@ -49,7 +49,7 @@ def activate(x: Float[Tensor, "*S"], name: str) -> Float[Tensor, "*S"]:
 class Dropout(nn.Module):
     """Dropout that draws one random byte an element, eight to a number: on a CPU drawing is what dropout costs.
 
-    The probability is therefore a multiple of 1/256, and the scale is exact for the one used.
+    The probability is therefore a multiple of 1/256, from 1/256 to 255/256, and the scale is exact for the one used.
     """
 
     def __init__(self, p: float) -> None:
@@ -59,9 +59,9 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-        dropped = round(256 * self.p)
-        if not self.training or dropped == 0:
+        if not self.training or self.p == 0:
             return x
+        dropped = min(max(round(256 * self.p), 1), 255)
         if x.device.type != "cpu":
             return F.dropout(x, dropped / 256)
         count = x.numel()

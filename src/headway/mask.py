@@ -7,7 +7,7 @@ Written on positions rather than on indices, a mask stays right with a cache (SD
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
@@ -48,26 +48,26 @@ class Mask:
             raise ValueError("Mask: key_segments say where the keys belong; say where the queries do with segments=")
 
     def __and__(self, other: Mask) -> Mask:
-        """What both allow. Facts merge where the merged fact is exact; else the other mask is kept beside this one."""
-        if self.also or other.also:
-            first = replace(self, also=())
-            merged = first & replace(other, also=())
-            return replace(merged, also=merged.also + self.also + other.also)
-        for one, two in ((self, other), (other, self)):
-            if two.window is not None and one.window is not None and (_relaxed(one) or _relaxed(two)):
-                return replace(self, also=(other,))
-            if two.segments is not None and one.segments is not None:
-                return replace(self, also=(other,))
-        windowed = self if self.window is not None else other
+        """What both allow. Facts merge where the merged fact is exact; one that does not is kept beside the rest."""
+        beside = self.also + other.also
+        near, far = (self, other) if self.window is not None else (other, self)
+        window = _narrower(near.window, far.window)
+        if far.window is not None and (_relaxed(near) or _relaxed(far)):
+            window = near.window
+            beside += (Mask(window=far.window, sinks=far.sinks, globals=far.globals),)
+        packed, apart = (self, other) if self.segments is not None else (other, self)
+        if apart.segments is not None:
+            beside += (Mask(segments=apart.segments, key_segments=apart.key_segments),)
         return Mask(
             causal=self.causal or other.causal,
             prefix=_least_prefix(self, other),
-            window=_narrower(self.window, other.window),
-            sinks=windowed.sinks,
-            globals=windowed.globals,
+            window=window,
+            sinks=near.sinks,
+            globals=near.globals,
             valid=_both(self.valid, other.valid),
-            segments=self.segments if self.segments is not None else other.segments,
-            key_segments=self.key_segments if self.key_segments is not None else other.key_segments,
+            segments=packed.segments,
+            key_segments=packed.key_segments,
+            also=beside,
         )
 
     @property

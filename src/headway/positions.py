@@ -8,6 +8,7 @@ length or an offset, so that decoding step by step and prefill agree by construc
 from __future__ import annotations
 
 import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -36,12 +37,16 @@ class Learned(Positions):
         self.table = nn.Embedding(length, width)
 
     def embed(self, x: Float[Tensor, "B T C"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
-        if x.shape[1] > self.table.num_embeddings:
-            raise ValueError(
-                f"{x.shape[1]} tokens, and the learned positions end at {self.table.num_embeddings}: "
-                "shorten the input or train with a larger positions.length"
-            )
-        return x + self.table(pos.clamp(min=0))
+        tokens, length = x.shape[1], self.table.num_embeddings
+        try:
+            if tokens <= length:
+                return x + self.table(pos.clamp(min=0))
+        except IndexError:  # a stream is past the end; asking beforehand would stall a GPU
+            tokens = int(pos.max()) + 1
+        raise ValueError(
+            f"{tokens} tokens, and the learned positions end at {length}: "
+            "shorten the input or train with a larger positions.length"
+        )
 
 
 class Sinusoidal(Positions):
@@ -89,6 +94,8 @@ def build_positions(spec: PositionSpec, width: int, head_dim: int | None) -> Pos
         case "learned":
             return Learned(width, spec.length)
         case "sinusoidal":
+            if width % 2:
+                raise ValueError(f"sinusoidal positions come in pairs, and width is {width}: choose an even one")
             return Sinusoidal(width, spec.base)
         case "alibi":
             return Alibi()

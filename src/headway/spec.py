@@ -20,7 +20,7 @@ class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 T = TypeVar("T")
 
 
-class FeedForwardSpec(Strict):
+class FeedForwardSpec(Strict, frozen=True):
     """`hidden` is the inner width (default: four times the model's); `gated` multiplies by a second branch (GLU)."""
 
     hidden: int | None = None
@@ -29,7 +29,7 @@ class FeedForwardSpec(Strict):
     bias: bool = True
 
 
-class BlockSpec(Strict):
+class BlockSpec(Strict, frozen=True):
     """norm -> mixer -> +, norm -> cross -> +, norm -> feedforward -> +; what is absent is left out.
 
     `mixer` and `cross` name a file in `mixers/` and its options: {"name": "attention", "heads": 4}.
@@ -42,7 +42,7 @@ class BlockSpec(Strict):
     wiring: Literal["pre", "post", "sandwich", "parallel"] = "pre"
 
 
-class PositionSpec(Strict):
+class PositionSpec(Strict, frozen=True):
     """`name`: none, learned, sinusoidal, rotary or alibi. `length`: a learned table's size. `base`: of the angles."""
 
     name: Literal["none", "learned", "sinusoidal", "rotary", "alibi"] = "rotary"
@@ -50,7 +50,7 @@ class PositionSpec(Strict):
     base: float = 10000.0
 
 
-class StackSpec(Strict):
+class StackSpec(Strict, frozen=True):
     """`blocks`, in order, `repeat` times over; so a hybrid is a list of two blocks."""
 
     blocks: tuple[BlockSpec, ...]

@@ -84,7 +84,7 @@ class KeyValue:
 
 
 class Ring:
-    """Keys and values of the last `window` tokens (and of the first `sinks`): constant memory, however long the stream."""
+    """Keys and values of the last `window` tokens and of the first `sinks`: constant memory for an endless stream."""
 
     def __init__(self, window: int, sinks: int = 0) -> None:
         self.window, self.sinks = window, sinks
@@ -102,12 +102,17 @@ class Ring:
         if self.k is not None and self.v is not None and self.pos is not None:
             k, v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
             pos = torch.cat([self.pos, pos], 1)
-        size = pos.shape[1]
-        first = min(self.sinks, size)
-        kept = torch.cat([torch.arange(first), torch.arange(max(first, size - self.window), size)]).to(pos.device)
-        self.k, self.v, self.pos = k[:, :, kept], v[:, :, kept], pos[:, kept]
+        start = max(pos.shape[1] - self.window, 0)
+        sinks = self._sinks(pos[:, :start])
+        self.k, self.v = _keep(k, sinks, start), _keep(v, sinks, start)
+        self.pos = torch.cat([pos.gather(1, sinks), pos[:, start:]], 1)
         self.padded = self.padded or padded
         return k, v, pos
+
+    def _sinks(self, pos: Tensor) -> Tensor:
+        """The slots of the sinks. They are told by position, because padding on the left moves them in each row."""
+        ordinary = (pos < 0) | (pos >= self.sinks)
+        return ordinary.int().argsort(dim=1, stable=True)[:, : self.sinks]
 
     @property
     def nbytes(self) -> int:
@@ -157,6 +162,12 @@ class Recurrent:
 
 def _slots(like: Tensor, count: int) -> Tensor:
     return like.new_zeros(like.shape[0], like.shape[1], count, like.shape[3])
+
+
+def _keep(t: Tensor, slots: Tensor, start: int) -> Tensor:
+    """Each row's `slots`, then all slots from `start`."""
+    index = slots[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])
+    return torch.cat([t.gather(2, index), t[:, :, start:]], 2)
 
 
 def _bytes(*tensors: Tensor | None) -> int:

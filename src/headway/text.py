@@ -4,9 +4,10 @@ A thin shell over one `tokenizers.Tokenizer`. The first four ids are always PAD,
 produce the first three: a literal "<eos>" in the data is ordinary text.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -55,15 +56,19 @@ class Tokenizer:
         """Write the `tokenizers` library's own JSON, one file."""
         self._core.save(str(path))
 
+    def record(self) -> dict[str, Any]:
+        """The same as `save` writes, for a larger file to hold."""
+        return json.loads(self._core.to_str())
+
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> "Tokenizer":
         import tokenizers
 
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such tokenizer file")
         try:
             core = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 (the library raises no narrower one)
+        except Exception as error:  # the library raises no narrower one
             raise ValueError(f"{path}: not a tokenizer file ({error})") from None
         first = [core.id_to_token(i) for i in range(len(SPECIALS))]
         if first != SPECIALS:
@@ -71,7 +76,7 @@ class Tokenizer:
         return cls(core)
 
     @classmethod
-    def train(cls, spec: TokenizerSpec, texts: Iterable[str]) -> Self:
+    def train(cls, spec: TokenizerSpec, texts: Iterable[str]) -> "Tokenizer":
         """Learn the vocabulary of `texts`; the same texts in any order give the same ids (BPE: the same merges)."""
         if spec.kind not in ("characters", "whitespace", "bpe"):
             raise ValueError(f"tokenizer kind {spec.kind!r} is unknown: use 'characters', 'whitespace' or 'bpe'")
@@ -93,7 +98,9 @@ def _collect(texts: Iterable[str], kind: str) -> "tokenizers.Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     if kind == "characters":
-        split = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # "." would drop the newline
+        split: pre_tokenizers.PreTokenizer = pre_tokenizers.Split(
+            Regex(r"[\s\S]"), "isolated"
+        )  # "." would drop the newline
         found = {character for text in texts for character in text}
     else:
         split = pre_tokenizers.WhitespaceSplit()

@@ -179,7 +179,7 @@ def bar_chart(groups: Sequence[tuple[str, list[float | None]]], names: Sequence[
     values = [value for _, row in groups for value in row if value is not None]
     if not values:
         return None
-    frame = Frame(bottom=230)
+    frame = Frame(left=54, bottom=230)
     highest = max(*values, 0.01)
     top = ticks(0.0, min(highest * 1.04, 1.0) if highest <= 1 else highest, 4)
     y = Scale(0.0, top[-1], frame.bottom, frame.top)
@@ -247,9 +247,10 @@ def heat_map(model: int, name: str, alignment: Mapping[str, Any]) -> HeatMap | N
     ]
     if not columns or not weights:
         return None
-    wide = max(24.0, 8.0 * max(len(visible(token)) for token in columns) + 8)
-    tall, top = 24.0, 26.0
-    left = 8.0 * max(len(visible(token)) for token in outputs) + 12
+    tall, top = 24.0 if len(columns) <= 10 else 18.0, 26.0  # 18 lets three maps of a long word stand in one row
+    longest = max(len(visible(token)) for token in columns)
+    wide = tall if longest == 1 else 8.0 * longest + 8
+    left = 8.0 * max(len(visible(token)) for token in outputs) + 12.0
     cells = [
         Cell(
             round(left + c * wide, 1),

@@ -73,7 +73,7 @@ def page(results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": results.get("title") or results.get("name") or "Comparison",
         "created": when(results.get("created")),
-        "what": what_was_compared(models, data, results.get("budget") or {}),
+        "what": what_was_compared(models, data, results.get("budget") or {}, terms),
         "verdict": verdict(models, data, terms),
         "terms": terms,
         "names": names,
@@ -149,7 +149,9 @@ def budget_words(budget: Mapping[str, Any]) -> str:
     return listed(parts) if parts else ""
 
 
-def what_was_compared(models: Sequence[Model], data: Mapping[str, Any], budget: Mapping[str, Any]) -> str:
+def what_was_compared(
+    models: Sequence[Model], data: Mapping[str, Any], budget: Mapping[str, Any], terms: Terms
+) -> str:
     """One sentence: what was compared, on what, and under what equal budget."""
     count, allowance = len(models), budget_words(budget)
     who = f"{COUNTED[count].capitalize() if count < len(COUNTED) else count} model{'s were' if count != 1 else ' was'}"
@@ -157,7 +159,7 @@ def what_was_compared(models: Sequence[Model], data: Mapping[str, Any], budget: 
     source = f" ({data['source']})" if data.get("source") else ""
     share = f", {'each with the same' if count != 1 else 'with a'} budget of {allowance}" if allowance else ""
     tested = number(data.get("test"))
-    held_out = f", and tested on {tested:,.0f} examples held out from training" if tested is not None else ""
+    held_out = f", and tested on {tested:,.0f} {terms.example}s held out from training" if tested is not None else ""
     return f"{who} trained {task}{source}{share}{held_out}."
 
 

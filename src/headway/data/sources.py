@@ -64,12 +64,12 @@ def load_splits(spec: DataSpec) -> Splits:
     for pair in _cased(_source(spec, notes), spec):
         part = part_of(pair[0])
         parts["train" if own.get(part) is not None else part].append(pair)
-    for part, pattern in own.items():
+    for name, pattern in own.items():
         if pattern is not None:
-            parts[part] = list(_cased(_read(pattern, spec, notes), spec))
+            parts[name] = list(_cased(_read(pattern, spec, notes), spec))
     if not parts["train"]:
         raise ValueError(f"{spec.source}: no row falls into train (90% of inputs do); give more rows")
-    notes += [f"{part} is empty: too few rows for a split by hash" for part in parts if not parts[part]]
+    notes += [f"{name} is empty: too few rows for a split by hash" for name in parts if not parts[name]]
     return Splits(**parts, notes=notes)
 
 
@@ -134,7 +134,7 @@ def _read(pattern: str, spec: DataSpec, notes: list[str]) -> list[tuple[str, str
         try:
             for line, row in reader(path, (spec.input, spec.target)):
                 problem = row if isinstance(row, str) else _blank(row, (spec.input, spec.target))
-                if problem is None:
+                if not isinstance(row, str) and problem is None:
                     kept.append(row)
                 elif spec.bad_rows == "skip":
                     bad.append(f"{path}:{line}: {problem}")

@@ -53,7 +53,7 @@ class Mixer(nn.Module):
         raise TypeError(f"{type(self).__name__} defines no forward")
 
     def init_state(self, batch: int, capacity: int, cross: bool = False) -> State:
-        """An empty state for `batch` rows; `capacity` is the number of tokens expected, a hint. `cross`: for a context."""
+        """An empty state for `batch` rows; `capacity` hints at the tokens to expect. `cross`: for a context."""
         raise ValueError(f"{type(self).__name__} cannot stream: it has no state")
 
     def cost(self, length: int, context_length: int | None = None) -> Cost:
@@ -62,7 +62,13 @@ class Mixer(nn.Module):
 
     def require(self, mask: Mask, state: State | None = None, context: Tensor | None = None) -> None:
         """Refuses loudly what this mixer cannot honour."""
-        asked = mask.facts if context is None else (mask.facts - {"causal", "bidirectional"}) | {"cross"}
+        asked = mask.facts
+        if context is not None:  # the positions of a context say nothing about those of the tokens
+            if alien := asked - {"bidirectional", "padding", "segments"}:
+                raise ValueError(
+                    f"a mask over a context tells padding and segments, not {', '.join(sorted(alien))}: leave it out"
+                )
+            asked = asked - {"bidirectional"} | {"cross"}
         asked = asked | {"stream"} if state is not None else asked
         if missing := asked - self.can:
             name = type(self).__name__
@@ -85,7 +91,8 @@ def find(name: str) -> type[Mixer]:
         module = importlib.import_module(f"{__name__}.{name}")
     elif name not in sys.modules:
         raise ValueError(
-            f"mixer '{name}' is not imported, and a spec never runs code: `import {name}` before, or pass --plugin {name}"
+            f"mixer '{name}' is not imported, and a spec never runs code: "
+            f"`import {name}` before, or pass --plugin {name}"
         )
     else:
         module = sys.modules[name]

@@ -12,7 +12,7 @@ from typing import ClassVar
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from headway.attend import FULL, attend, weights
+from headway.attend import attend, weights
 from headway.layers import residual_output
 from headway.mask import Mask
 from headway.mixers import Cost, Mixer
@@ -47,13 +47,13 @@ class Attention(Mixer):
         super().__init__()
         kv_heads = kv_heads or heads
         if head_dim is None and width % heads:
-            raise ValueError(f"attention: width {width} is not a multiple of {heads} heads; set head_dim or other heads")
+            raise ValueError(f"attention: width {width} is no multiple of {heads} heads; set head_dim or other heads")
         if heads % kv_heads:
             raise ValueError(f"attention: {heads} heads do not share {kv_heads} kv_heads evenly")
         self.width, self.heads, self.kv_heads = width, heads, kv_heads
         self.head_dim = head_dim or width // heads
         self.positions = positions or Positions()
-        self.local = Mask(window=window, sinks=sinks) if window else FULL
+        self.local = Mask(window=window, sinks=sinks)
         self.query = nn.Linear(width, heads * self.head_dim, bias=bias)
         self.key_value = nn.Linear(width, 2 * kv_heads * self.head_dim, bias=bias)
         self.out = residual_output(nn.Linear(heads * self.head_dim, width, bias=bias))
@@ -97,7 +97,7 @@ class Attention(Mixer):
         q, k = self.positions.rotate(q, pos), self.positions.rotate(k, pos)
         if state is None:
             bias = self.positions.bias(self.heads, pos, pos)
-            if mask.valid is None:  # positions count up by one, so indices say the same and the kernel stays free
+            if not mask.facts & {"padding", "segments"}:  # indices say the same as positions: the kernel stays free
                 return attend(q, k, v, mask, bias=bias)
             return attend(q, k, v, mask, q_pos=pos, k_pos=pos, bias=bias)
         if not isinstance(state, KeyValue | Ring):

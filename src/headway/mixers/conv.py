@@ -94,10 +94,7 @@ class Conv(Mixer):
         shifted = [x[:, i * self.dilation : i * self.dilation + length] for i in range(self.kernel)]
         if not self.depthwise:
             return torch.cat(shifted, -1) if self.kernel > 1 else shifted[0]
-        y = self.taps.bias
-        for i, tokens in enumerate(shifted):
-            y = y + self.taps.weight[:, i] * tokens
-        return y
+        return self.taps.bias + sum(self.taps.weight[:, i] * tokens for i, tokens in enumerate(shifted))
 
     def init_state(self, batch: int, capacity: int, cross: bool = False) -> State:
         return Recurrent(self.mix.weight.new_zeros(batch, self.reach, self.width))

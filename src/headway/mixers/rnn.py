@@ -20,7 +20,10 @@ from headway.state import Recurrent, State
 
 
 class Rnn(Mixer):
-    """A recurrent layer. cell: lstm or gru. hidden: cells a direction (default: width). bidirectional: also from the end."""
+    """A recurrent layer.
+
+    cell: lstm or gru. hidden: cells a direction (default: width). bidirectional: also from the end.
+    """
 
     CAN: ClassVar = frozenset({"causal", "bidirectional", "padding", "stream"})
 
@@ -106,8 +109,8 @@ class Rnn(Mixer):
 
     def init_state(self, batch: int, capacity: int, cross: bool = False) -> State:
         if self.back is not None:
-            raise ValueError("rnn: both directions need the end of the sequence, so it cannot stream: bidirectional=False")
-        like = self.ahead.weight_hh_l0
+            raise ValueError("rnn: the way back starts at the end, so it cannot stream: set bidirectional=False")
+        like = self.out.weight
         return Recurrent(*(like.new_zeros(batch, self.hidden) for _ in range(2 if self.cell == "lstm" else 1)))
 
     def cost(self, length: int, context_length: int | None = None) -> Cost:

@@ -38,16 +38,18 @@ class Summary(Mixer):
         state: State | None = None,
         context: Float[Tensor, "B S C"] | None = None,
     ) -> Float[Tensor, "B T C"]:
-        self.require(mask, state, context)
         if context is None:
             raise ValueError("summary sums up a context and was given none: use it in a block's cross slot")
+        self.require(mask, state, context)
+        if not isinstance(state, Cross | None):
+            raise ValueError(f"summary streams with a Cross state, not {type(state).__name__}: use init_state")
         return self._summary(context, mask.valid, state).expand(-1, x.shape[1], -1)
 
-    def _summary(self, context: Tensor, valid: Tensor | None, state: State | None) -> Float[Tensor, "B 1 C"]:
-        if isinstance(state, Cross) and state.kept:
+    def _summary(self, context: Tensor, valid: Tensor | None, state: Cross | None) -> Float[Tensor, "B 1 C"]:
+        if state is not None and state.kept:
             return state.kept[0]
         vector = self.out(torch.cat(_ends(context, valid), -1))[:, None]
-        if isinstance(state, Cross):
+        if state is not None:
             state.kept = (vector,)
         return vector
 

@@ -17,7 +17,7 @@ from headway.positions import positions_of
 from headway.spec import StackSpec, Strict
 
 
-class Spec(Strict):
+class Spec(Strict, frozen=True):
     """Vocabularies come from the tokenizers where a recipe leaves them at 0. `tie`: the head shares the embedding."""
 
     width: int
@@ -43,6 +43,8 @@ class Model(nn.Module):
         super().__init__()
         if min(spec.source_vocab, spec.target_vocab) < 1:
             raise ValueError("seq2seq: source_vocab and target_vocab come from the tokenizers and are still 0")
+        if all(block.cross is None for block in spec.decoder.blocks):
+            raise ValueError("seq2seq: the decoder would never read the source: give one of its blocks a cross mixer")
         self.source = nn.Embedding(spec.source_vocab, spec.width)
         self.target = nn.Embedding(spec.target_vocab, spec.width)
         self.encoder = Stack(spec.encoder, spec.width, spec.dropout)
@@ -54,7 +56,7 @@ class Model(nn.Module):
 
     def encode(self, source: Int[Tensor, "B S"], valid: Tensor | None = None) -> Memory:
         """Reads the source; `valid` is `Bool[B S]`, false at padding, which may stand on either side."""
-        pos = positions_of(valid, *source.shape, source.device)
+        pos = positions_of(valid, source.shape[0], source.shape[1], source.device)
         return Memory(self.encoder(self.source(source), mask=Mask(valid=valid), pos=pos), valid)
 
     def decode(
@@ -69,7 +71,8 @@ class Model(nn.Module):
         """Logits of the token behind each one of `target`. With a state, `pos` says where the new tokens stand."""
         if state is not None and pos is None:
             raise ValueError("seq2seq.decode: a stream needs pos=, the positions of the new tokens")
-        pos = positions_of(valid, *target.shape, target.device) if pos is None else pos
+        if pos is None:
+            pos = positions_of(valid, target.shape[0], target.shape[1], target.device)
         x = self.decoder(
             self.target(target),
             mask=Mask(causal=True, valid=valid),

@@ -1,0 +1,115 @@
+"""Hub: where models come from and go to. A model folder holds its spec, weights and tokenizers; no pickle, no code.
+
+`headway.load("runs/demo/transformer").generate(["headway"])` is all there is to using one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from headway import __version__, machine, models
+from headway.data.batches import collate
+from headway.generate.search import beam, greedy
+from headway.store import read_folder, restore_model, write_folder
+from headway.text import Tokenizer
+
+
+class Generation(NamedTuple):
+    """One answer: its text, its tokens as text, and its log-probability in nats."""
+
+    text: str
+    tokens: list[str]
+    log_probability: float
+
+
+class Loaded:
+    """A network with its tokenizers, ready to use."""
+
+    def __init__(
+        self, net: nn.Module, spec: dict[str, Any], source: Tokenizer, target: Tokenizer, max_tokens: int
+    ) -> None:
+        self.net, self.spec, self.source, self.target, self.max_tokens = net.eval(), spec, source, target, max_tokens
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers were learned; a shared one counts once."""
+        return sum(p.numel() for p in self.net.parameters())
+
+    def generate(self, texts: Iterable[str], *, beams: int = 1, batch: int = 256) -> list[Generation]:
+        """One answer for each text, greedy or by beam search; batching changes no answer."""
+        texts = list(texts)
+        ids = [self._encode(text) for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
+        answers: dict[int, Generation] = {}
+        for rows in (order[i : i + batch] for i in range(0, len(order), batch)):
+            inputs = collate([(ids[i], []) for i in rows])
+            device = next(self.net.parameters()).device
+            valid = None if inputs.source_valid is None else inputs.source_valid.to(device)
+            source = inputs.source.to(device)
+            limit = self.max_tokens + 1  # and the end
+            if beams == 1:
+                found = greedy(self.net, source, valid, limit=limit)
+            else:
+                found = beam(self.net, source, valid, beams=beams, limit=limit)
+            for i, (written, score) in zip(rows, found, strict=True):
+                answers[i] = Generation(self.target.decode(written), self.target.tokens(written), score)
+        return [answers[i] for i in range(len(texts))]
+
+    def stream(self, texts: Iterable[str], *, beams: int = 1, batch: int = 256) -> Iterator[tuple[str, Generation]]:
+        """(text, answer) pairs as they come, reading no more than a batch ahead."""
+        texts = iter(texts)
+        while chunk := list(islice(texts, batch)):
+            yield from zip(chunk, self.generate(chunk, beams=beams, batch=batch), strict=True)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the model as a folder, atomically."""
+        record = {"headway": __version__, "model": self.spec, "max_tokens": self.max_tokens}
+        write_folder(
+            Path(folder),
+            {"model": self.net.state_dict()},
+            {"spec": record, "source": self.source.record(), "target": self.target.record()},
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self.source.encode(text)
+        if not ids:
+            raise ValueError("cannot answer an empty text: give at least one character")
+        if len(ids) > self.max_tokens:
+            raise ValueError(f"'{text[:40]}...' has {len(ids)} tokens, and this model takes {self.max_tokens}: shorten it")
+        return ids
+
+
+def load(folder: str | Path, device: str | torch.device | None = None) -> Loaded:
+    """A trained model from the folder that a run or `Loaded.save` wrote; every byte is checked."""
+    folder = Path(folder)
+    inner = folder / "model"
+    if (inner / "spec.json").is_file():
+        folder = inner
+    if not (folder / "spec.json").is_file():
+        raise ValueError(f"{folder}: no model here (no spec.json); name the folder of one model of a finished run")
+    tensors, records = read_folder(folder)
+    for part in ("spec", "source", "target"):
+        if not isinstance(records.get(part), dict):
+            raise ValueError(f"{folder / part}.json: missing or not an object; the folder is not a whole model")
+    spec = records["spec"]
+    if not isinstance(spec.get("model"), dict) or not isinstance(spec.get("max_tokens"), int):
+        raise ValueError(f"{folder / 'spec.json'}: has no 'model' and 'max_tokens'; the folder is not a whole model")
+    net = models.build(spec["model"])
+    restore_model(net, tensors.get("model", {}), folder / "model.safetensors")
+    net.to(device or machine.device())
+    source, target = (Tokenizer.load(folder / f"{side}.json") for side in ("source", "target"))
+    return Loaded(net, spec["model"], source, target, spec["max_tokens"])
+
+
+def safe_name(name: str) -> str:
+    """`name` where it can be a folder of its own, else an error: names come from recipes."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(f"'{name}' cannot name a folder: use letters, digits, '.', '_' and '-'")
+    return name

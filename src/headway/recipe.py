@@ -1,0 +1,139 @@
+"""Recipe: what to train on which data, under which budget; a YAML file, typed and strict.
+
+`model` is one model (`headway train`), `models` several (`headway compare`), each under the same budget. Any key can
+be set from outside: `--set optimizer.lr=1e-3`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from headway.data.sources import DataSpec
+from headway.spec import Strict, convert, nearest, number, override
+from headway.text import TokenizerSpec
+
+
+class Sides(Strict):
+    """One tokenizer for what goes in, one for what comes out."""
+
+    input: TokenizerSpec = TokenizerSpec()
+    target: TokenizerSpec = TokenizerSpec()
+
+
+class Budget(Strict):
+    """When training ends: exactly one of them. Only steps and tokens repeat to the bit: seconds are never the same."""
+
+    seconds: float | None = None
+    steps: int | None = None
+    tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {key: value for key, value in self.asdict().items() if value is not None}
+        if len(given) != 1 or min(given.values()) <= 0:
+            raise ValueError(f"budget is one of seconds, steps or tokens, above 0; this one is {given or 'empty'}")
+
+    def asdict(self) -> dict[str, float | int | None]:
+        return {"seconds": self.seconds, "steps": self.steps, "tokens": self.tokens}
+
+    def fraction(self, seconds: float, steps: int, tokens: int) -> float:
+        """The share of the budget that is spent, 0 to 1."""
+        if self.seconds is not None:
+            return min(1.0, seconds / self.seconds)
+        if self.steps is not None:
+            return min(1.0, steps / self.steps)
+        assert self.tokens is not None
+        return min(1.0, tokens / self.tokens)
+
+
+class OptimizerSpec(Strict):
+    """adamw (1711.05101), or muon: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest.
+
+    lr: of AdamW. matrix_lr: of Muon. warmup: steps to full rate. decay: the last share of the budget over which the
+    rate falls to zero, linearly (1: all of it). clip: largest norm of the gradient.
+    """
+
+    name: Literal["adamw", "muon"] = "muon"
+    lr: float = 5e-3
+    matrix_lr: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    warmup: int = 100
+    decay: float = 1.0
+
+
+class Entry(Strict):
+    """One model of a comparison: how to call it, whom to cite, its spec, and its own optimizer if it needs one."""
+
+    model: dict[str, Any]
+    title: str = ""
+    source: str = ""
+    optimizer: OptimizerSpec | None = None
+
+
+class Recipe(Strict):
+    """Everything a run depends on. `max_tokens` is the longest input or target, in tokens, that the model takes."""
+
+    data: DataSpec
+    budget: Budget
+    name: str = "run"
+    title: str = ""
+    tokenizers: Sides = Sides()
+    model: dict[str, Any] | None = None
+    models: dict[str, Entry] | None = None
+    objective: dict[str, Any] = {}
+    optimizer: OptimizerSpec = OptimizerSpec()
+    batch_tokens: int = 4096
+    max_tokens: int = 64
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = 0
+    evaluations: int = 20
+    checkpoint_seconds: float = 30.0
+    beams: int = 1
+    test_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.models is None):
+            raise ValueError("a recipe has either `model` (headway train) or `models` (headway compare)")
+
+
+def built_in() -> dict[str, str]:
+    """Headway's own recipes, by name, with their first comment line."""
+    folder = resources.files("headway") / "recipes"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name[:-5]: f.read_text("utf-8").partition("\n")[0].lstrip("# ") for f in files}
+
+
+def read(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a built-in name, a YAML file or a dict, with `overrides` such as "optimizer.lr=1e-3"."""
+    data, where = (source, "recipe") if isinstance(source, dict) else _parse(source)
+    for assignment in overrides:
+        data = override(data, assignment)
+    return convert(data, Recipe, where)
+
+
+def _parse(source: str | Path) -> tuple[dict[str, Any], str]:
+    import yaml
+
+    path = Path(source)
+    if str(source) in built_in():
+        text, where = (resources.files("headway") / "recipes" / f"{source}.yaml").read_text("utf-8"), f"recipe {source}"
+    elif path.is_file():
+        try:
+            text, where = path.read_text("utf-8"), str(path)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save the recipe as UTF-8") from None
+    else:
+        raise ValueError(f"no recipe '{source}': neither a file nor built in{nearest(str(source), built_in())}")
+    try:
+        data = number(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ValueError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: a recipe is a mapping of keys to values; this file holds {type(data).__name__}")
+    return data, where

@@ -1,0 +1,129 @@
+"""Training: one loop for every model. `headway.train(recipe)` trains one and says what it reached and what it cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from headway import recipe as recipes
+from headway.data.sources import references
+from headway.hub import Loaded, safe_name
+from headway.machine import Peak, hardware, versions
+from headway.recipe import Entry, Recipe
+from headway.store import write_text
+from headway.train.data import Prepared, prepare
+from headway.train.evaluate import Scored, by_length, evaluate, rates
+from headway.train.loop import Interrupted, Status, Trainer
+
+__all__ = ["Interrupted", "Status", "open_run", "run_entry", "train"]
+
+Watch = Callable[[str, Status], None]
+
+
+def train(
+    recipe: str | Path | dict[str, Any],
+    *,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Watch = lambda name, status: None,
+) -> dict[str, Any]:
+    """Trains the one model of a recipe in `out` (default `runs/NAME`) and returns what it reached and cost.
+
+    The folder then holds `model/`, `result.json`, `log.jsonl` and the last checkpoints; `headway.load(out)` uses it.
+    """
+    read = recipes.read(recipe, overrides)
+    if read.model is None:
+        raise ValueError(f"recipe {read.name} has several models: use headway compare, or set `model`")
+    folder = open_run(Path(out or Path("runs") / safe_name(read.name)), read, resume=resume, overwrite=overwrite)
+    result, _ = run_entry(read, "model", Entry(model=read.model), prepare(read), folder, resume=resume, watch=watch)
+    return result
+
+
+def open_run(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
+    """A folder for a run. An old run is never written over unasked, and resumed only with its own recipe."""
+    record = msgspec.to_builtins(recipe)
+    path = folder / "recipe.json"
+    if path.is_file() and resume:
+        if json.loads(path.read_text("utf-8")) != record:
+            raise ValueError(f"{path}: the run there has another recipe; resume with that one, or choose another --out")
+    elif folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{folder}: is not empty; --resume goes on with the run there, --overwrite starts anew")
+        if not path.is_file():
+            raise ValueError(f"{folder}: is not empty and holds no run, so nothing there is removed; choose another --out")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, indent=1))
+    return folder
+
+
+def run_entry(
+    recipe: Recipe,
+    name: str,
+    entry: Entry,
+    prepared: Prepared,
+    folder: Path,
+    *,
+    resume: bool = False,
+    watch: Watch = lambda name, status: None,
+    after: Callable[[Loaded, list[Scored]], dict[str, Any]] = lambda model, scored: {},
+) -> tuple[dict[str, Any], Loaded | None]:
+    """Trains and tests one model; `after` may add to the result. A finished one is not trained again on resume."""
+    done = folder / "result.json"
+    if resume and done.is_file():
+        return json.loads(done.read_text("utf-8")), None
+    folder.mkdir(parents=True, exist_ok=True)
+    peak = Peak()
+    trainer = Trainer(
+        recipe, entry.model, entry.optimizer or recipe.optimizer, prepared, folder, lambda status: watch(name, status)
+    )
+    if resume:
+        trainer.resume()
+    model = trainer.fit()
+    memory = peak.bytes
+    valid_loss = trainer.valid_loss(prepared.valid)
+    model.net.eval()
+    listed = _test_references(recipe, prepared)
+    scored, speed = evaluate(model, listed, recipe.tokenizers.target.kind, beams=recipe.beams)
+    found, progress = rates(scored), trainer.progress
+    result = {
+        "name": name,
+        "title": entry.title or name,
+        "source": entry.source,
+        "parameters": model.parameters,
+        "train_tokens_per_second": progress.tokens / progress.seconds,
+        "valid_loss": valid_loss,
+        "per": found.per,
+        "wer": found.wer,
+        "test_words": found.words,
+        "decode_words_per_second": speed,
+        "beams": recipe.beams,
+        "peak_memory_bytes": memory,
+        "seconds": progress.seconds,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "by_length": by_length(scored),
+        "curve": progress.curve,
+        "hardware": hardware(),
+        "versions": versions(),
+        **after(model, scored),
+    }
+    model.save(folder / "model")
+    write_text(done, json.dumps(result, indent=1))
+    return result, model
+
+
+def _test_references(recipe: Recipe, prepared: Prepared) -> dict[str, list[str]]:
+    """All targets listed for each test input; a fixed sample of them under `test_limit`."""
+    listed = references(prepared.splits.test or prepared.splits.valid)
+    listed = {text: targets for text, targets in listed.items() if len(prepared.source.encode(text)) <= recipe.max_tokens}
+    chosen = sorted(listed, key=lambda text: hashlib.sha256(text.encode()).digest())[: recipe.test_limit]
+    return {text: listed[text] for text in chosen}

@@ -1,0 +1,239 @@
+"""The loop: one model, one budget, exact to the bit, and nothing lost.
+
+Batch, dropout and rate at a step are pure functions of (seed, step, share of the budget spent), so that a run resumed
+from a checkpoint goes on as if it had never stopped. Under a budget of seconds the share is measured, and no two runs
+are the same; only training counts against it, not evaluating or saving.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from headway import machine, models, objectives
+from headway.data.batches import Batch
+from headway.hub import Loaded
+from headway.recipe import OptimizerSpec, Recipe
+from headway.store import read_folder, restore_model, write_folder
+from headway.train import checkpoint
+from headway.train.data import Prepared
+from headway.train.optim import build_optimizers, set_rate
+
+KEPT = 2  # checkpoints
+
+
+class Interrupted(Exception):
+    """Somebody asked the run to stop; it is saved and resumes."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a watcher sees after each step: loss in nats a token (smoothed), share of the budget, seconds left."""
+
+    step: int
+    fraction: float
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
+    valid_loss: float | None
+
+
+@dataclass
+class Progress:
+    """What has been spent, and what was seen; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float = math.inf
+    evaluations: int = 0
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains one model of a recipe in `folder`; `watch` is called after every step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: dict[str, Any],
+        optimizer: OptimizerSpec,
+        prepared: Prepared,
+        folder: Path,
+        watch: Callable[[Status], None] = lambda status: None,
+    ) -> None:
+        self.recipe, self.prepared, self.folder, self.watch = recipe, prepared, folder, watch
+        self.spec = {**model, "source_vocab": prepared.source.vocab, "target_vocab": prepared.target.vocab}
+        torch.manual_seed(recipe.seed)
+        self.device = machine.device()
+        self.model = models.build(self.spec).to(self.device)
+        self.objective = objectives.build(recipe.objective)
+        self.optimizer = optimizer
+        self.optimizers = build_optimizers(self.model, optimizer)
+        self.best: dict[str, Tensor] = {}
+        self.progress = Progress()
+        self.loss = math.nan
+        self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and machine.fast_bf16())
+        self.log: list[str] = []
+
+    def fit(self) -> Loaded:
+        """Trains to the end of the budget and returns the best model seen, by validation loss."""
+        self.model.train()
+        saved = time.monotonic()
+        with _listening() as asked:
+            while self._fraction() < 1.0:
+                self._step()
+                if self._fraction() >= self.progress.evaluations / self.recipe.evaluations:
+                    self._evaluate()
+                self.watch(self._status())
+                if asked.is_set():
+                    self.save()
+                    raise Interrupted
+                if time.monotonic() - saved > self.recipe.checkpoint_seconds:
+                    self.save()
+                    saved = time.monotonic()
+            if self.progress.curve[-1]["step"] != self.progress.step:
+                self._evaluate()
+            self.save()
+        self.model.load_state_dict(self.best)
+        return Loaded(
+            self.model, self.spec, self.prepared.source, self.prepared.target, max_tokens=self.recipe.max_tokens
+        )
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        progress, step = self.progress, self.progress.step
+        batch = _to(self.prepared.batches.batch(step), self.device)
+        torch.manual_seed((self.recipe.seed << 40) + step)
+        set_rate(self.optimizers, self.optimizer, step, self._fraction())
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.objective(self.model, batch)
+        (loss.total / loss.tokens).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        value = float(loss.plain) / loss.tokens
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss is {value} at step {step}: lower optimizer.lr ({self.optimizer.lr}) or optimizer.clip "
+                f"({self.optimizer.clip}); --resume goes on from the last checkpoint"
+            )
+        self.loss = value if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * value
+        progress.step, progress.tokens = step + 1, progress.tokens + batch.tokens
+        progress.seconds += time.perf_counter() - began
+        self.log.append(json.dumps({"step": step, "loss": value, "seconds": round(progress.seconds, 3)}))
+
+    def _fraction(self) -> float:
+        return self.recipe.budget.fraction(self.progress.seconds, self.progress.step, self.progress.tokens)
+
+    def _status(self) -> Status:
+        spent, fraction = self.progress.seconds, self._fraction()
+        left = spent / fraction - spent if fraction else math.inf
+        valid = self.progress.curve[-1]["valid_loss"] if self.progress.curve else None
+        speed = self.progress.tokens / max(spent, 1e-9)
+        return Status(self.progress.step, fraction, self.loss, speed, left, valid)
+
+    def _evaluate(self) -> None:
+        """One point of the learning curve; the best weights so far are kept."""
+        value = self.valid_loss(self.prepared.curve)
+        progress = self.progress
+        progress.evaluations = int(self._fraction() * self.recipe.evaluations) + 1
+        progress.curve.append(
+            {
+                "step": progress.step,
+                "seconds": round(progress.seconds, 2),
+                "tokens": progress.tokens,
+                "loss": self.loss,
+                "valid_loss": value,
+            }
+        )
+        if value < progress.best_loss:
+            progress.best_loss = value
+            self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+    @torch.no_grad()
+    def valid_loss(self, batches: list[Batch]) -> float:
+        """Nats a token, without smoothing or dropout."""
+        self.model.eval()
+        losses = [self.objective(self.model, _to(batch, self.device)) for batch in batches]
+        self.model.train()
+        return sum(float(loss.plain) for loss in losses) / sum(loss.tokens for loss in losses)
+
+    def save(self) -> None:
+        """A checkpoint of this very step, and the log up to it."""
+        folder = self.folder / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:  # first: a resume cuts what is too much
+            file.writelines(line + "\n" for line in self.log)
+        self.log.clear()
+        write_folder(
+            folder / f"step-{self.progress.step:09d}",
+            {
+                "model": self.model.state_dict(),
+                "best": self.best,
+                "optimizer": checkpoint.optimizer_tensors(self.optimizers),
+            },
+            {"progress": {**vars(self.progress), "loss": self.loss}, "spec": self.spec},
+        )
+        checkpoint.prune(folder, KEPT)
+
+    def resume(self) -> bool:
+        """Goes back to the newest checkpoint; false where there is none yet."""
+        found = checkpoint.latest(self.folder / "checkpoints")
+        if found is None:
+            return False
+        tensors, records = read_folder(found)
+        if records["spec"] != self.spec:
+            raise ValueError(f"{found}: was made by another model spec; resume with the recipe it began with")
+        restore_model(self.model, tensors["model"], found)
+        checkpoint.restore_optimizers(self.optimizers, tensors["optimizer"])
+        self.best = tensors["best"]
+        self.loss = records["progress"].pop("loss")
+        self.progress = Progress(**records["progress"])
+        self._cut_log()
+        return True
+
+    def _cut_log(self) -> None:
+        """Drops lines of steps that a killed run took after its last checkpoint."""
+        path = self.folder / "log.jsonl"
+        if not path.is_file():
+            return
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        path.write_text("".join(lines[: self.progress.step]), "utf-8")
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    return replace(batch, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+
+@contextmanager
+def _listening() -> Iterator[threading.Event]:
+    """Set once by Ctrl-C or SIGTERM, so that a step is finished and saved; a second Ctrl-C stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,90 @@
+"""Optimisers: AdamW (1711.05101) and Muon, and the rate's way through the budget.
+
+Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, found by a few Newton-Schulz
+steps: O = U V^T for momentum = U S V^T. Matrices of one shape are stacked, so that a step is a handful of products.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from headway.recipe import OptimizerSpec
+
+# Coefficients that drive singular values to one in five steps (Amsel et al. 2025, arXiv 2505.16932)
+_STEPS = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised Nesterov momentum for matrices; the step is scaled by sqrt(rows / columns) where tall."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
+        shapes = sorted({tuple(p.shape) for p in parameters})
+        groups = [{"params": [p for p in parameters if tuple(p.shape) == shape]} for shape in shapes]
+        super().__init__(groups, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            for p in parameters:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            kept = [self.state[p]["momentum"] for p in parameters]
+            gradients = [p.grad for p in parameters]
+            torch._foreach_lerp_(kept, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, kept, group["momentum"])
+            rows, columns = parameters[0].shape
+            step = orthogonal(torch.stack(ahead)) * max(1.0, rows / columns) ** 0.5
+            torch._foreach_add_(parameters, list(step.unbind()), alpha=-group["lr"])
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest orthogonal matrix of each in a stack of them, nearly: singular values come out about one."""
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)
+    for a, b, c in _STEPS:
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.mT if tall else x
+
+
+def build_optimizers(model: nn.Module, spec: OptimizerSpec) -> list[torch.optim.Optimizer]:
+    """Muon takes the linear maps inside the blocks; AdamW takes the rest, and decays only matrices."""
+    inside = {
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".blocks." in name and spec.name == "muon"
+    }
+    rest = [p for p in model.parameters() if p.requires_grad and p not in inside]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": spec.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=True)]
+    ordered = [p for p in model.parameters() if p in inside]
+    if ordered:
+        optimizers.append(Muon(ordered, spec.matrix_lr))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], spec: OptimizerSpec, step: int, fraction: float) -> None:
+    """Up over `warmup` steps, level, then down to zero over the last `decay` share of the budget."""
+    scale = min(1.0, (step + 1) / max(1, spec.warmup))
+    if spec.decay > 0:
+        scale *= min(1.0, (1.0 - fraction) / spec.decay)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = scale * group["peak"]
