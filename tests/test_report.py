@@ -86,7 +86,7 @@ BUCKETS = ("short (1-6)", "middle (7-9)", "long (10+)")
 
 
 def alignment(word: str, output: str, sharp: float) -> dict[str, Any]:
-    letters, phonemes = list(word), output.split()
+    letters, phonemes = [*word, "end"], [*output.split(), "end"]
     rows = []
     for i in range(len(phonemes)):
         at = i * (len(letters) - 1) / max(len(phonemes) - 1, 1)
@@ -115,7 +115,7 @@ def model(row: tuple[Any, ...], number: int) -> dict[str, Any]:
         {"input": word, "expected": [good], "predicted": good if i in right else bad, "correct": i in right}
         for i, (word, good, bad) in enumerate(WORDS)
     ]
-    aligned = [] if name == "rnn" else [alignment(word, good, 0.4 + number) for word, good, _ in WORDS[:4:1]]
+    aligned = [] if name == "rnn" else [alignment(word, good, 0.4 + number) for word, good, _ in WORDS[:4]]
     return {
         "name": name,
         "title": title,
@@ -270,7 +270,7 @@ def test_a_missing_figure_is_a_dash_and_never_best(results: dict[str, Any]) -> N
     best = {(column, row) for row, column, _ in best_cells(render(results))}
     assert {(2, 1), (3, 1), (4, 1)} <= best
     row = render(results).split("<tbody>")[1].split("</tr>")[3]
-    assert re.findall(r"<td[^>]*>([^<]*)", row).count("–") == 4
+    assert re.findall(r"<td[^>]*>([^<]*)", row).count("\N{EN DASH}") == 4
     assert "nan" not in Page(render(results)).text.lower().replace("rnn", "").split()
 
 
@@ -358,6 +358,13 @@ def test_a_model_without_validation_loss_is_drawn_by_training_loss_and_named(res
     assert page.tags.count("polyline") == 6
 
 
+def test_heat_maps_stand_under_their_word(results: dict[str, Any]) -> None:
+    for entry in results["models"][1]["alignments"]:
+        entry["text"] = "".join(entry["input"][:-1])  # said outright, or found from the tokens: the same heading
+    headings = re.findall(r'<div class="group">\s*<h3><bdi>(.*?)</bdi>', render(results))
+    assert headings == [word for word, _, _ in WORDS[:4]]
+
+
 def test_models_without_attention_are_named(results: dict[str, Any]) -> None:
     assert (
         "Nothing is drawn for RNN encoder-decoder (a fixed vector), which has no attention"
@@ -441,9 +448,9 @@ def test_report_is_written_whole_or_not_at_all(
 
 
 def test_ticks_cover_the_range_in_round_steps() -> None:
-    assert ticks(0, 50) == [0, 10, 20, 30, 40, 50]
-    assert ticks(0, 0.31, 4) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
-    assert log_ticks(0.3, 12) == pytest.approx([0.5, 1, 2, 5, 10])
+    assert ticks(0.0, 50.0) == [0, 10, 20, 30, 40, 50]
+    assert ticks(0.0, 0.31, 4) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert log_ticks(0.3, 12.0) == pytest.approx([0.5, 1, 2, 5, 10])
 
 
 def test_points_land_where_their_values_say() -> None:

@@ -11,12 +11,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headway import testing as testing
     from headway.attend import attend as attend
     from headway.compare import compare as compare
     from headway.hub import load as load
     from headway.mask import Mask as Mask
     from headway.train import train as train
+
+    from . import testing as testing
 
 __version__ = "0.1.0"
 __all__ = ["Mask", "__version__", "attend", "compare", "load", "testing", "train"]

@@ -6,19 +6,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from headway import __version__, machine, models
 from headway.data.batches import collate
 from headway.generate.search import beam, greedy
+from headway.models.seq2seq import Model
 from headway.store import read_folder, restore_model, write_folder
-from headway.text import Tokenizer
+from headway.text import UNK, Tokenizer
 
 
 class Generation(NamedTuple):
@@ -33,9 +32,17 @@ class Loaded:
     """A network with its tokenizers, ready to use."""
 
     def __init__(
-        self, net: nn.Module, spec: dict[str, Any], source: Tokenizer, target: Tokenizer, max_tokens: int
+        self,
+        net: Model,
+        spec: dict[str, Any],
+        source: Tokenizer,
+        target: Tokenizer,
+        *,
+        max_tokens: int,
+        lowercase: bool = False,
     ) -> None:
-        self.net, self.spec, self.source, self.target, self.max_tokens = net.eval(), spec, source, target, max_tokens
+        self.net, self.spec, self.source, self.target = net.eval(), spec, source, target
+        self.max_tokens, self.lowercase = max_tokens, lowercase
 
     @property
     def parameters(self) -> int:
@@ -62,15 +69,19 @@ class Loaded:
                 answers[i] = Generation(self.target.decode(written), self.target.tokens(written), score)
         return [answers[i] for i in range(len(texts))]
 
-    def stream(self, texts: Iterable[str], *, beams: int = 1, batch: int = 256) -> Iterator[tuple[str, Generation]]:
-        """(text, answer) pairs as they come, reading no more than a batch ahead."""
-        texts = iter(texts)
-        while chunk := list(islice(texts, batch)):
-            yield from zip(chunk, self.generate(chunk, beams=beams, batch=batch), strict=True)
+    def unknown(self, text: str) -> list[str]:
+        """The pieces of a text that the model never saw in training."""
+        text = text.lower() if self.lowercase else text
+        return sorted({piece for piece in (*text, *text.split()) if self.source.encode(piece) == [UNK]})
 
     def save(self, folder: str | Path) -> None:
         """Writes the model as a folder, atomically."""
-        record = {"headway": __version__, "model": self.spec, "max_tokens": self.max_tokens}
+        record = {
+            "headway": __version__,
+            "model": self.spec,
+            "max_tokens": self.max_tokens,
+            "lowercase": self.lowercase,
+        }
         write_folder(
             Path(folder),
             {"model": self.net.state_dict()},
@@ -78,11 +89,11 @@ class Loaded:
         )
 
     def _encode(self, text: str) -> list[int]:
-        ids = self.source.encode(text)
+        ids = self.source.encode(text.lower() if self.lowercase else text)
         if not ids:
             raise ValueError("cannot answer an empty text: give at least one character")
         if len(ids) > self.max_tokens:
-            raise ValueError(f"'{text[:40]}...' has {len(ids)} tokens, and this model takes {self.max_tokens}: shorten it")
+            raise ValueError(f"'{text[:40]}...' has {len(ids)} tokens; this model takes {self.max_tokens}: shorten it")
         return ids
 
 
@@ -102,10 +113,14 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Loaded
     if not isinstance(spec.get("model"), dict) or not isinstance(spec.get("max_tokens"), int):
         raise ValueError(f"{folder / 'spec.json'}: has no 'model' and 'max_tokens'; the folder is not a whole model")
     net = models.build(spec["model"])
+    if not isinstance(net, Model):
+        raise ValueError(f"{folder}: a model of kind '{spec['model'].get('kind')}' cannot answer; only seq2seq can")
     restore_model(net, tensors.get("model", {}), folder / "model.safetensors")
     net.to(device or machine.device())
     source, target = (Tokenizer.load(folder / f"{side}.json") for side in ("source", "target"))
-    return Loaded(net, spec["model"], source, target, spec["max_tokens"])
+    return Loaded(
+        net, spec["model"], source, target, max_tokens=spec["max_tokens"], lowercase=spec.get("lowercase") is True
+    )
 
 
 def safe_name(name: str) -> str:

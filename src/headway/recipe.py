@@ -16,14 +16,14 @@ from headway.spec import Strict, convert, nearest, number, override
 from headway.text import TokenizerSpec
 
 
-class Sides(Strict):
+class Sides(Strict, frozen=True):
     """One tokenizer for what goes in, one for what comes out."""
 
     input: TokenizerSpec = TokenizerSpec()
     target: TokenizerSpec = TokenizerSpec()
 
 
-class Budget(Strict):
+class Budget(Strict, frozen=True):
     """When training ends: exactly one of them. Only steps and tokens repeat to the bit: seconds are never the same."""
 
     seconds: float | None = None
@@ -48,7 +48,7 @@ class Budget(Strict):
         return min(1.0, tokens / self.tokens)
 
 
-class OptimizerSpec(Strict):
+class OptimizerSpec(Strict, frozen=True):
     """adamw (1711.05101), or muon: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest.
 
     lr: of AdamW. matrix_lr: of Muon. warmup: steps to full rate. decay: the last share of the budget over which the
@@ -65,7 +65,7 @@ class OptimizerSpec(Strict):
     decay: float = 1.0
 
 
-class Entry(Strict):
+class Entry(Strict, frozen=True):
     """One model of a comparison: how to call it, whom to cite, its spec, and its own optimizer if it needs one."""
 
     model: dict[str, Any]
@@ -74,7 +74,7 @@ class Entry(Strict):
     optimizer: OptimizerSpec | None = None
 
 
-class Recipe(Strict):
+class Recipe(Strict, frozen=True):
     """Everything a run depends on. `max_tokens` is the longest input or target, in tokens, that the model takes."""
 
     data: DataSpec

@@ -6,13 +6,14 @@ that are done), `rewind` to an earlier length where it still can (speculation), 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
+@runtime_checkable
 class State(Protocol):
     """The contract of every state."""
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+DASH = "\N{EN DASH}"  # a figure that is missing
 COLOURS = 8  # the template defines --m0 to --m7; further models reuse them with a dashed line
 MARKERS = (
     "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",  # circle
@@ -68,12 +69,12 @@ class Scale:
 class Frame:
     """The plot's box inside a drawing of `width` by `height`."""
 
-    width: int = 480
-    height: int = 300
-    left: int = 48
-    right: int = 466
-    top: int = 16
-    bottom: int = 246
+    width: float = 480.0
+    height: float = 300.0
+    left: float = 48.0
+    right: float = 466.0
+    top: float = 16.0
+    bottom: float = 246.0
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -179,7 +180,7 @@ def bar_chart(groups: Sequence[tuple[str, list[float | None]]], names: Sequence[
     values = [value for _, row in groups for value in row if value is not None]
     if not values:
         return None
-    frame = Frame(left=54, bottom=230)
+    frame = Frame(left=54.0, bottom=230.0)
     highest = max(*values, 0.01)
     top = ticks(0.0, min(highest * 1.04, 1.0) if highest <= 1 else highest, 4)
     y = Scale(0.0, top[-1], frame.bottom, frame.top)
@@ -191,7 +192,7 @@ def bar_chart(groups: Sequence[tuple[str, list[float | None]]], names: Sequence[
         bars = []
         for model, (name, value) in enumerate(zip(names, row, strict=True)):
             at = y(value) if value is not None else frame.bottom
-            shown = "–" if value is None else f"{value * 100:.1f}"
+            shown = DASH if value is None else f"{value * 100:.1f}"
             title = f"{name}, {bucket}: {shown}{'' if value is None else '%'}"
             gap = min(3.0, width * 0.12)
             x, height = round(start + model * width + gap / 2, 1), round(frame.bottom - at, 1)
@@ -201,7 +202,7 @@ def bar_chart(groups: Sequence[tuple[str, list[float | None]]], names: Sequence[
 
 
 def split_label(text: str) -> list[str]:
-    """ "short (1-6)" on two lines, each cut to what fits beneath a group."""
+    """A bucket's name, "short (1-6)", as the two lines beneath its group, each cut to what fits."""
     head, bracket, rest = text.partition(" (")
     return [clip(part, 14) for part in ([head, "(" + rest] if bracket else [text])]
 
@@ -214,6 +215,8 @@ def clip(text: str, limit: int) -> str:
 class Cell:
     x: float
     y: float
+    width: float
+    height: float
     opacity: float
     title: str
 
@@ -227,7 +230,6 @@ class HeatMap:
     height: float
     left: float
     top: float
-    cell: tuple[float, float]
     columns: list[Tick]
     rows: list[Tick]
     cells: list[Cell]
@@ -247,14 +249,16 @@ def heat_map(model: int, name: str, alignment: Mapping[str, Any]) -> HeatMap | N
     ]
     if not columns or not weights:
         return None
-    tall, top = 24.0 if len(columns) <= 10 else 18.0, 26.0  # 18 lets three maps of a long word stand in one row
-    longest = max(len(visible(token)) for token in columns)
-    wide = tall if longest == 1 else 8.0 * longest + 8
+    tall, top = 24.0 if len(columns) <= 12 else 18.0, 26.0  # 18 lets three maps of a long word stand in one row
+    widths = [tall if len(visible(token)) == 1 else 8.0 * len(visible(token)) + 8.0 for token in columns]
     left = 8.0 * max(len(visible(token)) for token in outputs) + 12.0
+    edges = [round(left + sum(widths[:c]), 1) for c in range(len(columns) + 1)]
     cells = [
         Cell(
-            round(left + c * wide, 1),
+            edges[c],
             round(top + r * tall, 1),
+            widths[c] - 1.5,
+            tall - 1.5,
             round(min(max(weight, 0.0), 1.0), 3),
             f"{outputs[r]} from {columns[c]}: {weight * 100:.0f}%",
         )
@@ -265,18 +269,25 @@ def heat_map(model: int, name: str, alignment: Mapping[str, Any]) -> HeatMap | N
     return HeatMap(
         model=model,
         name=name,
-        label=f"Attention of {name} on {''.join(columns)}; most weight: {spoken}",
-        width=round(left + len(columns) * wide + 2, 1),
+        label=f"Attention of {name} on {whole_text(alignment)}; most weight: {spoken}",
+        width=edges[-1] + 2,
         height=round(top + len(weights) * tall + 2, 1),
         left=left,
         top=top,
-        cell=(wide, tall),
-        columns=[Tick(round(left + (c + 0.5) * wide, 1), visible(token)) for c, token in enumerate(columns)],
+        columns=[Tick(edges[c] + widths[c] / 2, visible(token)) for c, token in enumerate(columns)],
         rows=[
             Tick(round(top + (r + 0.5) * tall, 1), visible(token)) for r, token in enumerate(outputs[: len(weights)])
         ],
         cells=cells,
     )
+
+
+def whole_text(alignment: Mapping[str, Any]) -> str:
+    """The input of an alignment: its own `text`, else its tokens without the "end" that closes input and output."""
+    if alignment.get("text") is not None:
+        return str(alignment["text"])
+    tokens, outputs = ([str(token) for token in alignment.get(side) or []] for side in ("input", "output"))
+    return "".join(tokens[:-1] if tokens[-1:] == outputs[-1:] == ["end"] else tokens)
 
 
 def finite_points(curve: Iterable[Mapping[str, Any]], x: str, y: str) -> list[tuple[float, float]]:

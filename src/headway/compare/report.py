@@ -16,6 +16,7 @@ from typing import Any
 
 from headway.compare.figures import (
     COLOURS,
+    DASH,
     MARKERS,
     BarChart,
     HeatMap,
@@ -26,9 +27,9 @@ from headway.compare.figures import (
     heat_map,
     line_chart,
     number,
+    whole_text,
 )
 
-DASH = "–"
 FIXED_VECTOR = "rnn"  # the family whose decoder sees the input only through one vector
 FIXED_VECTOR_TWIN = "rnn_attention"  # the same network with attention: the fairest reference for it
 SAMPLE_ROWS = 40
@@ -149,9 +150,7 @@ def budget_words(budget: Mapping[str, Any]) -> str:
     return listed(parts) if parts else ""
 
 
-def what_was_compared(
-    models: Sequence[Model], data: Mapping[str, Any], budget: Mapping[str, Any], terms: Terms
-) -> str:
+def what_was_compared(models: Sequence[Model], data: Mapping[str, Any], budget: Mapping[str, Any], terms: Terms) -> str:
     """One sentence: what was compared, on what, and under what equal budget."""
     count, allowance = len(models), budget_words(budget)
     who = f"{COUNTED[count].capitalize() if count < len(COUNTED) else count} model{'s were' if count != 1 else ' was'}"
@@ -204,7 +203,7 @@ def fixed_vector(models: Sequence[Model], ranked: Sequence[Model]) -> str:
         return ""
     first, last = pairs[0], pairs[-1]
     gaps = [mine["per"] - theirs["per"] for mine, theirs in (first, last)]
-    noise = 2 * sum(variance(row["per"], row["words"]) for pair in (first, last) for row in pair) ** 0.5
+    noise = 2 * sum(variance(row["per"], float(row["words"])) for pair in (first, last) for row in pair) ** 0.5
     if gaps[1] <= 0 or gaps[1] - gaps[0] <= noise:
         return ""
     start = f"{gaps[0] * 100:.1f} points behind" if gaps[0] >= 0.0005 else "no worse than"
@@ -241,7 +240,7 @@ def columns(terms: Terms) -> list[Column]:
 
 def cost_rows(models: Sequence[Model], chosen: Sequence[Column]) -> list[dict[str, Any]]:
     """One row a model; a cell is best when no other shows a better figure, so equal figures share the mark."""
-    rows = [{"name": title(m), "source": m.get("source") or DASH, "cells": []} for m in models]
+    rows: list[dict[str, Any]] = [{"name": title(m), "source": m.get("source") or DASH, "cells": []} for m in models]
     for column in chosen:
         values = [number(m.get(column.key)) for m in models]
         known = [value for value in values if value is not None]
@@ -258,7 +257,7 @@ def cost_rows(models: Sequence[Model], chosen: Sequence[Column]) -> list[dict[st
 def settings(results: Mapping[str, Any], data: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The groups of the fold-out section, each a list of (name, value)."""
     groups = {
-        "Budget": {"each model": budget_words(results.get("budget") or {})},
+        "Settings": {"budget of each model": budget_words(results.get("budget") or {})},
         "Data": data,
         "Hardware": results.get("hardware") or {},
         "Versions": results.get("versions") or {},
@@ -342,7 +341,7 @@ def alignments(models: Sequence[Model]) -> dict[str, Any]:
         maps = [(entry, heat_map(i, title(model), entry)) for entry in model.get("alignments") or []]
         for entry, drawn in maps:
             if drawn:
-                words.setdefault("".join(str(token) for token in entry["input"]), []).append(drawn)
+                words.setdefault(whole_text(entry), []).append(drawn)
         if not any(drawn for _, drawn in maps):
             without.append(title(model) + (" (a fixed vector)" if model.get("name") == FIXED_VECTOR else ""))
     return {
@@ -368,14 +367,14 @@ def written(sample: Mapping[str, Any], expected: Sequence[str]) -> dict[str, Any
     """A prediction as (text, mark) pieces against the nearest expected answer; mark is "", "wrong" or "missing"."""
     text, correct = str(sample.get("predicted") or ""), bool(sample.get("correct"))
     tokens = text.split()
-    matchers = [SequenceMatcher(None, answer.split(), tokens, autojunk=False) for answer in expected]
-    if correct or not tokens or not matchers:
+    if correct or not tokens or not expected:
         return {"correct": correct, "pieces": [(text or DASH, "")]}
-    nearest = max(matchers, key=lambda matcher: matcher.ratio())
+    matchers = [(SequenceMatcher(None, answer.split(), tokens, autojunk=False), answer.split()) for answer in expected]
+    nearest, right = max(matchers, key=lambda pair: pair[0].ratio())
     pieces: list[tuple[str, str]] = []
     for kind, a, b, c, d in nearest.get_opcodes():
         if kind == "delete":
-            pieces.append((" ".join(nearest.a[a:b]), "missing"))
+            pieces.append((" ".join(right[a:b]), "missing"))
         else:
             pieces.append((" ".join(tokens[c:d]), "" if kind == "equal" else "wrong"))
     return {"correct": correct, "pieces": pieces}

@@ -58,7 +58,9 @@ def open_run(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> 
         if not overwrite:
             raise ValueError(f"{folder}: is not empty; --resume goes on with the run there, --overwrite starts anew")
         if not path.is_file():
-            raise ValueError(f"{folder}: is not empty and holds no run, so nothing there is removed; choose another --out")
+            raise ValueError(
+                f"{folder}: is not empty and holds no run, so nothing there is removed; choose another --out"
+            )
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(record, indent=1))
@@ -124,6 +126,8 @@ def run_entry(
 def _test_references(recipe: Recipe, prepared: Prepared) -> dict[str, list[str]]:
     """All targets listed for each test input; a fixed sample of them under `test_limit`."""
     listed = references(prepared.splits.test or prepared.splits.valid)
-    listed = {text: targets for text, targets in listed.items() if len(prepared.source.encode(text)) <= recipe.max_tokens}
+    listed = {
+        text: targets for text, targets in listed.items() if len(prepared.source.encode(text)) <= recipe.max_tokens
+    }
     chosen = sorted(listed, key=lambda text: hashlib.sha256(text.encode()).digest())[: recipe.test_limit]
     return {text: listed[text] for text in chosen}

@@ -23,6 +23,7 @@ class Prepared:
     batches: Batches
     valid: list[Batch]
     curve: list[Batch]
+    lowercase: bool  # no training input has an upper-case letter, so a user's is lowered too
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -34,7 +35,9 @@ def prepare(recipe: Recipe) -> Prepared:
     valid = _encode(recipe, splits, splits.valid, source, target)
     for part, examples in (("train", train), ("valid", valid)):
         if not examples:
-            raise ValueError(f"{recipe.data.source}: no pair for {part}; give more rows, or data.{part} a file of its own")
+            raise ValueError(
+                f"{recipe.data.source}: no pair for {part}; give more rows, or data.{part} a file of its own"
+            )
     return Prepared(
         splits,
         source,
@@ -42,6 +45,7 @@ def prepare(recipe: Recipe) -> Prepared:
         Batches(train, tokens=recipe.batch_tokens, seed=recipe.seed),
         _in_batches(valid, recipe.batch_tokens),
         _in_batches(valid[:: max(1, len(valid) // VALID_PAIRS)], recipe.batch_tokens),
+        lowercase=all(text == text.lower() for text, _ in splits.train),
     )
 
 
@@ -54,8 +58,8 @@ def _encode(
         if not example[0] or max(map(len, example)) > recipe.max_tokens:
             if recipe.data.bad_rows == "refuse":
                 raise ValueError(
-                    f"{recipe.data.source}: the pair '{input[:40]}' has {len(example[0])} and {len(example[1])} tokens, "
-                    f"and the model takes 1 to {recipe.max_tokens}: raise max_tokens, or set data.bad_rows=skip"
+                    f"{recipe.data.source}: the pair '{input[:40]}' is {len(example[0])} and {len(example[1])} tokens; "
+                    f"the model takes 1 to {recipe.max_tokens}: raise max_tokens, or set data.bad_rows=skip"
                 )
             long += 1
             continue

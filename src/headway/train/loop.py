@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from headway import machine, models, objectives
 from headway.data.batches import Batch
 from headway.hub import Loaded
+from headway.models.seq2seq import Model
 from headway.recipe import OptimizerSpec, Recipe
 from headway.store import read_folder, restore_model, write_folder
 from headway.train import checkpoint
@@ -34,7 +35,11 @@ KEPT = 2  # checkpoints
 
 
 class Interrupted(Exception):
-    """Somebody asked the run to stop; it is saved and resumes."""
+    """Somebody asked the run to stop; it is saved and resumes. `terminated`: by SIGTERM, not by Ctrl-C."""
+
+    def __init__(self, terminated: bool) -> None:
+        super().__init__("terminated" if terminated else "interrupted")
+        self.terminated = terminated
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,9 @@ class Trainer:
                 if self._fraction() >= self.progress.evaluations / self.recipe.evaluations:
                     self._evaluate()
                 self.watch(self._status())
-                if asked.is_set():
+                if asked:
                     self.save()
-                    raise Interrupted
+                    raise Interrupted(asked[0] == signal.SIGTERM)
                 if time.monotonic() - saved > self.recipe.checkpoint_seconds:
                     self.save()
                     saved = time.monotonic()
@@ -107,8 +112,15 @@ class Trainer:
                 self._evaluate()
             self.save()
         self.model.load_state_dict(self.best)
+        data = self.prepared
+        assert isinstance(self.model, Model)
         return Loaded(
-            self.model, self.spec, self.prepared.source, self.prepared.target, max_tokens=self.recipe.max_tokens
+            self.model,
+            self.spec,
+            data.source,
+            data.target,
+            max_tokens=self.recipe.max_tokens,
+            lowercase=data.lowercase,
         )
 
     def _step(self) -> None:
@@ -215,20 +227,21 @@ class Trainer:
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    tensors = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    return replace(batch, **{k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)})
+    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
+    moved: dict[str, Any] = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()}
+    return Batch(**moved)
 
 
 @contextmanager
-def _listening() -> Iterator[threading.Event]:
-    """Set once by Ctrl-C or SIGTERM, so that a step is finished and saved; a second Ctrl-C stops at once."""
-    asked = threading.Event()
+def _listening() -> Iterator[list[int]]:
+    """Holds the signal once Ctrl-C or SIGTERM came, so that a step is finished and saved; a second stops at once."""
+    asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def ask(number: int, frame: Any) -> None:
-        asked.set()
+        asked.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,0 +1,220 @@
+"""The command line: parses, calls the library, prints. A user's mistake is one line, never a traceback.
+
+PyTorch loads inside the commands, so that `headway --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from headway.hub import Loaded
+
+app = typer.Typer(
+    help="Train, compare and use sequence models. Start with: headway demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key of the recipe.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run (default: runs/NAME).")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there and start anew.")]
+Plugin = Annotated[list[str] | None, typer.Option("--plugin", metavar="MODULE", help="Import a mixer of your own.")]
+
+
+@app.command()
+def demo(out: Out = None, resume: Resume = False, overwrite: Overwrite = False, set: Set = None) -> None:
+    """Train four kinds of model to pronounce English, 45 seconds each, and show what each reached and cost."""
+    _compare("demo", out, resume, overwrite, set, "headway demo")
+
+
+@app.command()
+def compare(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in one.")],
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    set: Set = None,
+    plugin: Plugin = None,
+) -> None:
+    """Train every model of a recipe under one equal budget; write results.json, report.html and the models."""
+    _import(plugin)
+    _compare(recipe, out, resume, overwrite, set, f"headway compare {recipe}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe file, or the name of a built-in one.")] = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    set: Set = None,
+    plugin: Plugin = None,
+) -> None:
+    """Train one model from a recipe."""
+    if recipe is None:
+        _explain_training()
+        return
+    _import(plugin)
+    import headway
+    from headway.display import Live, summary
+    from headway.recipe import read
+
+    chosen = read(recipe, set or [])
+    folder = out or Path("runs") / chosen.name
+    with Live() as live, _resumable(f"headway train {recipe}", set, out):
+        result = headway.train(
+            recipe, out=folder, overrides=set or [], resume=resume, overwrite=overwrite, watch=live.watch
+        )
+    summary([result])
+    typer.echo(f"\nUse it: headway run {folder} {_example(chosen.data.source)}")
+
+
+@app.command()
+def run(
+    model: Annotated[Path, typer.Argument(help="The folder of a trained model.")],
+    words: Annotated[list[str] | None, typer.Argument(help="What to answer; else --file or standard input.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="A text file, one input a line.")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beginnings that beam search keeps; 1 is greedy.")] = 1,
+) -> None:
+    """Use a trained model: one answer a line, as they come. Several inputs are told apart by a tab."""
+    from headway.hub import load
+
+    loaded = load(model)
+    if words:
+        _warn_of_unknown(loaded, words)
+        for word, found in zip(words, loaded.generate(words, beams=beams), strict=True):
+            typer.echo(found.text if len(words) == 1 else f"{word}\t{found.text}")
+        return
+    if file is None and sys.stdin.isatty():
+        raise ValueError("nothing to answer: give words, --file FILE, or pipe lines into standard input")
+    for lines in _lines(file):
+        _warn_of_unknown(loaded, lines)
+        for word, answer in zip(lines, loaded.generate(lines, beams=beams), strict=True):
+            typer.echo(f"{word}\t{answer.text}")
+        sys.stdout.flush()
+
+
+def _compare(recipe: str, out: Path | None, resume: bool, overwrite: bool, set: list[str] | None, again: str) -> None:
+    import headway
+    from headway.compare import best
+    from headway.display import Live, summary
+    from headway.recipe import read
+
+    folder = out or Path("runs") / read(recipe, set or []).name
+    with Live() as live, _resumable(again, set, out):
+        results = headway.compare(
+            recipe,
+            out=folder,
+            overrides=set or [],
+            resume=resume,
+            overwrite=overwrite,
+            watch=live.watch,
+            note=live.note,
+        )
+    summary(results["models"])
+    winner = best(results)
+    typer.echo(
+        f"\nFewest errors: {winner['title']}. Report: {folder / 'report.html'}  Figures: {folder / 'results.json'}"
+    )
+    typer.echo(f"Use it: headway run {folder / winner['name']} {_example(results['data']['source'])}")
+
+
+@contextmanager
+def _resumable(again: str, set: list[str] | None, out: Path | None) -> Iterator[None]:
+    """Says how to go on when somebody stops a run."""
+    from headway.train import Interrupted
+
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as stop:
+        options = "".join(f" --set {shlex.quote(s)}" for s in set or []) + (f" --out {out}" if out else "")
+        typer.echo(f"\nStopped, and nothing is lost. Go on with: {again}{options} --resume", err=True)
+        raise typer.Exit(0 if isinstance(stop, Interrupted) and stop.terminated else 130) from None
+
+
+def _lines(file: Path | None) -> Iterator[list[str]]:
+    """Lines that are there already, together: a slow pipe is answered line by line, a file in large batches."""
+    name = str(file) if file else "standard input"
+    try:
+        stream = file.open("rb") if file else sys.stdin.buffer
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror}") from None
+    number, rest = 0, b""
+    while chunk := stream.read1(1 << 15):  # type: ignore[union-attr]
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield [line for line in (_decoded(raw, name, number + i + 1) for i, raw in enumerate(whole)) if line]
+        number += len(whole)
+    if last := _decoded(rest, name, number + 1):
+        yield [last]
+
+
+def _decoded(raw: bytes, name: str, number: int) -> str:
+    try:
+        return raw.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}:{number}: not UTF-8; convert it, for example with iconv") from None
+
+
+def _warn_of_unknown(loaded: Loaded, texts: list[str]) -> None:
+    for text in texts:
+        if unknown := loaded.unknown(text):
+            typer.echo(f"headway: '{text}' has {', '.join(map(repr, unknown))}, which the model never saw", err=True)
+
+
+def _import(modules: list[str] | None) -> None:
+    """The one way to code from outside: because the user says so on the command line, never because a file does."""
+    sys.path.insert(0, "")
+    for module in modules or []:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(
+                f"--plugin {module}: cannot import it ({error}); run where `import {module}` works"
+            ) from None
+
+
+def _explain_training() -> None:
+    from headway.recipe import built_in
+
+    typer.echo("headway train RECIPE trains one model from a recipe: a YAML file, or one of these built-in ones:\n")
+    for name, line in built_in().items():
+        typer.echo(f"  {'compare' if name == 'demo' else 'train'} {name:12} {line}")
+    typer.echo(
+        "\nAny key can be set: headway train pronounce --set budget.tokens=2000000 --set optimizer.lr=1e-3\n"
+        "Your own pairs: copy a recipe (docs/recipes.md) and set data.source to a .tsv, .csv, .jsonl or .parquet file."
+    )
+
+
+def _example(source: str) -> str:
+    return "headway" if source == "cmudict" else '"TEXT"'
+
+
+def main() -> None:
+    """The entry point: a user's mistake ends in one line and exit status 1, Ctrl-C in 130."""
+    try:
+        app()
+    except ValueError as error:
+        typer.echo(f"headway: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("headway: stopped", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Comparing: several models, one task, one equal budget; what each reached, what it cost, and the best one kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headway import recipe as recipes
+from headway.data.sources import references
+from headway.hub import Loaded, safe_name
+from headway.machine import hardware, versions
+from headway.probe.alignment import cross_maps
+from headway.recipe import Recipe
+from headway.store import write_text
+from headway.text import BOS, EOS
+from headway.train import Watch, open_run, run_entry
+from headway.train.data import Prepared, prepare
+from headway.train.evaluate import Scored
+
+SAMPLES = 12
+ALIGNED = 4
+
+
+def compare(
+    recipe: str | Path | dict[str, Any],
+    *,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Watch = lambda name, status: None,
+    note: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Trains every model of a recipe under the same budget and writes `results.json` and `report.html` in `out`.
+
+    Each model's folder (`out/NAME`) loads with `headway.load`. `watch` sees every step, `note` what is being done.
+    """
+    read = recipes.read(recipe, overrides)
+    if not read.models:
+        raise ValueError(f"recipe {read.name} has one model: use headway train, or list several under `models`")
+    from headway.compare.report import write_report  # jinja2 is an extra: better to miss it before hours of training
+
+    for name in read.models:
+        safe_name(name)
+    folder = open_run(Path(out or Path("runs") / safe_name(read.name)), read, resume=resume, overwrite=overwrite)
+    note(f"reading {read.data.source} and training its tokenizers")
+    prepared = prepare(read)
+    for line in prepared.splits.notes:
+        note(line)
+    results = _head(read, prepared)
+    inputs = _samples(prepared, read)
+    for name, entry in read.models.items():
+        result, _ = run_entry(
+            read, name, entry, prepared, folder / name, resume=resume, watch=watch,
+            after=lambda model, scored: _look(model, scored, inputs),
+        )  # fmt: skip
+        results["models"].append(result)
+    write_text(folder / "results.json", json.dumps(results, indent=1))
+    write_report(results, folder / "report.html")
+    return results
+
+
+def best(results: dict[str, Any]) -> dict[str, Any]:
+    """The model with the fewest wrong answers; of equals, the one with the fewer token errors."""
+    return min(results["models"], key=lambda model: (model["wer"], model["per"]))
+
+
+def _head(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    splits = prepared.splits
+    return {
+        "name": recipe.name,
+        "title": recipe.title or recipe.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"headway compare {recipe.name}" if recipe.name != "demo" else "headway demo",
+        "hardware": hardware(),
+        "versions": versions(),
+        "budget": {key: value for key, value in recipe.budget.asdict().items() if value is not None},
+        "data": {
+            "source": recipe.data.source,
+            "input": recipe.data.input,
+            "target": recipe.data.target,
+            "train": len(splits.train),
+            "valid": len(splits.valid),
+            "test": len(references(splits.test)),
+        },
+        "models": [],
+    }
+
+
+def _samples(prepared: Prepared, recipe: Recipe) -> list[str]:
+    """A fixed dozen of test inputs, spread over their lengths: chosen by hash, not by how well they go."""
+    texts = {text for text, _ in prepared.splits.test or prepared.splits.valid}
+    texts = {text for text in texts if len(prepared.source.encode(text)) <= min(16, recipe.max_tokens)} or texts
+    order = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[: 20 * SAMPLES]
+    order.sort(key=len)
+    return order[:: max(1, len(order) // SAMPLES)][:SAMPLES]
+
+
+def _look(model: Loaded, scored: list[Scored], inputs: list[str]) -> dict[str, Any]:
+    """What the report shows of one model: its answers to the sample inputs, and where it looked."""
+    found = {s.input: s for s in scored}
+    samples = [
+        {"input": s.input, "expected": s.expected, "predicted": s.predicted, "correct": s.predicted in s.expected}
+        for s in (found[text] for text in inputs if text in found)
+    ]
+    shown = inputs[len(inputs) // 4 :: max(1, len(inputs) // ALIGNED)][:ALIGNED]
+    return {"samples": samples, "alignments": [a for text in shown if (a := alignment(model, text)) is not None]}
+
+
+def alignment(model: Loaded, text: str) -> dict[str, Any] | None:
+    """Where the last attending block looked while the model wrote its own answer, averaged over heads."""
+    ids = model.source.encode(text)
+    answer = model.target.encode(model.generate([text])[0].text)
+    device = next(model.net.parameters()).device
+    maps = cross_maps(
+        model.net, torch.tensor([[*ids, EOS]], device=device), torch.tensor([[BOS, *answer]], device=device)
+    )
+    if not maps:
+        return None
+    weights = maps[-1][0].mean(0)  # T S: row t wrote answer[t], the last one the end
+    return {
+        "text": text,
+        "input": [*model.source.tokens(ids), "end"],
+        "output": [*model.target.tokens(answer), "end"],
+        "weights": [[round(value, 4) for value in row] for row in weights.tolist()],
+    }
