@@ -1,0 +1,114 @@
+"""The README's tables, made from `bench/results/*.json`: `python bench/tables.py` writes them into the README."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+def read(name: str) -> dict[str, Any]:
+    path = ROOT / "bench" / "results" / f"{name}.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def machine(record: dict[str, Any]) -> str:
+    hardware, versions = record["hardware"], record["versions"]
+    return f"{hardware['cpu']}, {hardware['cores']} cores, PyTorch {versions['torch']}"
+
+
+def demo() -> str:
+    record = read("demo")
+    if not record:
+        return ""
+    rows = [
+        f"| {m['title']} | {m['parameters'] / 1e6:.2f}M | {m['train_tokens_per_second']:,.0f} | {m['valid_loss']:.3f} "
+        f"| {m['per']:.1%} | {m['wer']:.1%} | {m['decode_words_per_second']:,.0f} "
+        f"| {m['peak_memory_bytes'] / 2**20:,.0f} |"
+        for m in record["models"]
+    ]
+    buckets = [row["bucket"] for row in record["models"][0]["by_length"]]
+    lengths = [
+        "| " + " | ".join([m["title"], *(f"{row['per']:.1%}" for row in m["by_length"])]) + " |"
+        for m in record["models"]
+    ]
+    return "\n".join(
+        [
+            "| model | parameters | train tokens/s | valid loss | PER | WER | words/s | peak MiB |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+            "| PER by letters in the word | " + " | ".join(buckets) + " |",
+            "|---|" + "---|" * len(buckets),
+            *lengths,
+            "",
+            f"{record['budget']['seconds']:.0f} seconds each; {machine(record)}. `bench/demo.py`",
+        ]
+    )
+
+
+def figures() -> str:
+    lines = []
+    if speed := read("speed"):
+        train, decode = speed["training"], speed["decoding"]
+        rate = {name: found["median"] for name, found in train["tokens_per_second"].items()}
+        words, share = decode["words_per_second"], train["share_of_gemm_peak"]
+        lines += [
+            "| the demo's Transformer, fp32 | Headway | `torch.nn.Transformer` | ratio |",
+            "|---|---|---|---|",
+            f"| training, AdamW, tokens/s | {rate['headway adamw']:,.0f} | {rate['torch.nn.Transformer']:,.0f} "
+            f"| {train['ratio_adamw']:.2f}x |",
+            f"| training, Muon against AdamW, tokens/s | {rate['headway muon']:,.0f} "
+            f"| {rate['torch.nn.Transformer']:,.0f} | {train['ratio_muon']:.2f}x |",
+            f"| the same, its dropout switched off | {rate['headway muon']:,.0f} "
+            f"| {rate['torch.nn.Transformer, no dropout']:,.0f} "
+            f"| {rate['headway muon'] / rate['torch.nn.Transformer, no dropout']:.2f}x |",
+            f"| greedy decoding, batch 256, words/s (theirs without a cache) | {words['headway']['median']:,.0f} "
+            f"| {words['torch.nn.Transformer']['median']:,.0f} | {decode['ratio']:.2f}x |",
+            "",
+            f"Training reaches {share['headway adamw']:.0%} of the machine's measured matrix-product peak of "
+            f"{train['gemm_peak_gflops']:.0f} GFLOP/s with AdamW, {share['headway muon']:.0%} with Muon, whose own "
+            f"products are not counted. A single word takes "
+            f"{decode['single_word_ms']['median']:.1f} ms (at most {decode['single_word_ms']['max']:.1f}). "
+            f"{machine(speed)}. `bench/speed.py`",
+            "",
+        ]
+    if quality := read("pronounce"):
+        lines += ["| pronouncing, same split | WER | PER | words/s |", "|---|---|---|---|"]
+        for name in ("phonetisaurus", "headway greedy", "headway beams 4"):
+            q = quality[name]
+            lines.append(f"| {name} | {q['wer']:.1%} | {q['per']:.2%} | {q['words_per_second']:,.0f} |")
+        trained, now = quality["training"], quality["training_tokens_per_second_now"]
+        lines += [
+            "",
+            f"`headway train pronounce`: {trained['parameters'] / 1e6:.2f}M parameters, {trained['tokens'] / 1e6:.0f}M "
+            f"tokens in {trained['seconds'] / 60:.0f} minutes of training on {trained['cores']} core; on all cores of this "
+            f"machine it trains at {now:,.0f} tokens/s, which is {trained['tokens'] / now / 60:.0f} minutes. Phonetisaurus "
+            f"trained in {quality['phonetisaurus']['train_seconds'] / 60:.1f}. {machine(quality)}. `bench/pronounce.py`",
+            "",
+        ]
+    if start := read("start"):
+        seconds = start["seconds"]
+        lines.append(
+            f"`headway --help` takes {seconds['headway --help']['median']:.2f} s; `import headway` adds "
+            f"{start['import_headway_adds']:.2f} s to `import torch` ({seconds['import torch']['median']:.1f} s), "
+            f"every public name together {start['every_public_name_adds']:.2f} s. `bench/start.py`"
+        )
+    return "\n".join(lines).strip()
+
+
+def fill(readme: str) -> str:
+    """The README with its marked tables made anew."""
+    for name, table in (("demo", demo()), ("figures", figures())):
+        readme = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", readme, flags=re.S
+        )
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(fill(path.read_text("utf-8")), "utf-8")
