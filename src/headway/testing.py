@@ -80,7 +80,8 @@ class Subject:
         with mock.patch.dict(BACKENDS, dict.fromkeys(BACKENDS, called)), suppress(Exception):  # the claims will tell
             for mask, context in self.uses(plain=True):
                 self(self.tokens(), mask, context=context)
-        return self.can | ({"self"} if self.directions else set()) | ({"attend"} if called.called else set())
+        more = {"self": self.directions, "ordered": self.can & {"causal", "cross"}, "attend": called.called}
+        return self.can | {fact for fact, holds in more.items() if holds}
 
     def uses(self, plain: bool = False) -> list[tuple[Mask, Tensor | None]]:
         """All that it can do, a mask with the context that it is over or None; `plain`: with nothing masked."""
@@ -321,7 +322,7 @@ CLAIMS: dict[Callable[[Subject], None], set[str]] = {  # each with the facts abo
     can_is_true: set(),
     options_survive_json: set(),
     shape_and_type_are_kept: {"self"},
-    the_future_does_not_leak: set(),
+    the_future_does_not_leak: {"ordered"},
     masks_are_honoured: set(),
     padding_changes_nothing: {"self", "padding"},
     packing_changes_nothing: {"self", "segments"},

@@ -6,9 +6,10 @@ looks at the encoder, is the spec's: an RNN with one fixed vector, a convolution
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from jaxtyping import Float, Int
+from msgspec import Meta
 from torch import Tensor, nn
 
 from headway.block import Stack, States
@@ -20,7 +21,7 @@ from headway.spec import StackSpec, Strict
 class Spec(Strict, frozen=True):
     """Vocabularies come from the tokenizers where a recipe leaves them at 0. `tie`: the head shares the embedding."""
 
-    width: int
+    width: Annotated[int, Meta(ge=1)]
     encoder: StackSpec
     decoder: StackSpec
     source_vocab: int = 0
