@@ -85,9 +85,10 @@ def figures() -> str:
         lines += [
             "",
             f"`headway train pronounce`: {trained['parameters'] / 1e6:.2f}M parameters, {trained['tokens'] / 1e6:.0f}M "
-            f"tokens in {trained['seconds'] / 60:.0f} minutes of training on {trained['cores']} core; on all cores of this "
-            f"machine it trains at {now:,.0f} tokens/s, which is {trained['tokens'] / now / 60:.0f} minutes. Phonetisaurus "
-            f"trained in {quality['phonetisaurus']['train_seconds'] / 60:.1f}. {machine(quality)}. `bench/pronounce.py`",
+            f"tokens in {trained['seconds'] / 60:.0f} minutes of training on {trained['cores']} core(s); all cores of "
+            f"this machine train it at {now:,.0f} tokens/s, {trained['tokens'] / now / 60:.0f} minutes in all. "
+            f"Phonetisaurus trained in {quality['phonetisaurus']['train_seconds'] / 60:.1f} minutes. "
+            f"{machine(quality)}. `bench/pronounce.py`",
             "",
         ]
     if start := read("start"):

@@ -94,6 +94,16 @@ def test_a_stack_is_positions_then_its_blocks_then_a_norm() -> None:
     assert built.blocks[0].mixer.inner.query.weight is not built.blocks[1].mixer.inner.query.weight
 
 
+def test_a_learned_table_is_saved_once() -> None:
+    names = stack(FULL_BLOCK, FULL_BLOCK, positions={"name": "learned"}).state_dict()
+    assert [name for name in names if "table" in name] == ["positions.table.weight"]
+
+
+def test_a_stack_deeper_than_any_is_refused_before_it_is_built() -> None:
+    with pytest.raises(ValueError, match="at most 4096 blocks; this one has 5120"):
+        stack(*[{"feedforward": {}}] * 5, repeat=1024)
+
+
 def test_the_last_norm_can_be_left_out() -> None:
     assert isinstance(stack(FULL_BLOCK, final_norm=False).norm, torch.nn.Identity)
     assert isinstance(stack(FULL_BLOCK | {"norm": "rms"}).norm, torch.nn.RMSNorm)

@@ -187,6 +187,7 @@ def test_a_mistake_in_the_spec_is_one_line_that_says_what_to_do(write: Callable,
     path = write("lexicon.tsv", GOOD)
     assert refused(DataSpec("cmudit")) == "no file 'cmudit', did you mean 'cmudict'? Built-in sets: cmudict"
     assert f"did you mean '{path}'?" in refused(DataSpec(str(tmp_path / "lexikon.tsv")))
+    assert "no file '~nobody-of-this-name/a.tsv'" in refused(DataSpec("~nobody-of-this-name/a.tsv"))
     assert f"no file '{tmp_path}/*.csv'" in refused(DataSpec(str(tmp_path / "*.csv")))
     assert "valid.tsv" in refused(DataSpec(path, valid=str(tmp_path / "valid.tsv")))
     assert f"is a folder: name its files, for example '{tmp_path}/*.tsv'" in refused(DataSpec(str(tmp_path)))
@@ -246,9 +247,12 @@ def test_cmudict_is_words_and_phones_each_pair_once() -> None:
 
 
 def test_a_new_builtin_set_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "toyset.py").write_text("def pairs(*, keep_stress):\n    yield 'headway', 'toy'\n")
+    (tmp_path / "toyset.py").write_text("COLUMNS = ('word', 'toy')\n\ndef pairs():\n    yield 'headway', 'toy'\n")
     monkeypatch.setattr(builtin, "__path__", [*builtin.__path__, str(tmp_path)])
     assert load_splits(DataSpec("toyset")).train == [("headway", "toy")]
+    assert load_splits(DataSpec("toyset", input="word", target="toy")).train == [("headway", "toy")]
+    assert refused(DataSpec("toyset", input="wrd")) == "toyset: no column 'wrd'; it has 'word' and 'toy'"
+    assert "keep_stress is for the source 'cmudict' only" in refused(DataSpec("toyset", keep_stress=True))
     assert refused(DataSpec("toysett")).endswith("did you mean 'toyset'? Built-in sets: cmudict, toyset")
 
 
@@ -332,7 +336,7 @@ def test_little_is_padding() -> None:
 
 
 def test_what_cannot_be_batched_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"example 1 needs 9 tokens \(source 4 and target 5.*tokens=8: raise it to 9"):
+    with pytest.raises(ValueError, match=r"example 1 needs 9 .*source 4 and target 5.*batch_tokens=8: raise it to 9"):
         Batches([([5], [5]), ([5] * 3, [5] * 4)], tokens=8, seed=0)
     assert len(Batches([([5], [5]), ([5] * 3, [5] * 4)], tokens=9, seed=0)) == 2
     with pytest.raises(ValueError, match="batches of 0 examples"):

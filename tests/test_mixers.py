@@ -236,3 +236,33 @@ def test_a_state_of_another_kind_is_refused(name: str) -> None:
     mask, pos = Mask(causal=context is None), torch.arange(6).expand(2, -1)
     with pytest.raises(ValueError, match=f"{name} streams with a .*, not {type(state).__name__}"):
         mixer(tokens(), mask=mask, pos=pos, state=state, context=context)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (Mask(), "only under a causal mask"),
+        (Mask(causal=True, prefix=3), "a chunk ends within"),
+        (Mask(causal=True, prefix=torch.tensor([1, 3])), "a chunk ends within"),
+    ],
+)
+def test_attention_streams_nothing_that_would_see_tokens_yet_to_come(mask: Mask, words: str) -> None:
+    mixer = made("attention", heads=2)
+    x = torch.randn(2, 2, mixer.width)
+    with pytest.raises(ValueError, match=words):
+        mixer(x, mask=mask, pos=torch.arange(2).expand(2, -1), state=mixer.init_state(2, 2))
+    whole = torch.cat([x, x], 1)
+    mixer(whole, mask=Mask(causal=True, prefix=3), pos=torch.arange(4).expand(2, -1), state=mixer.init_state(2, 4))
+
+
+@pytest.mark.parametrize("size", [-1, 0, 10**9])
+def test_a_size_that_no_model_has_is_refused_by_its_name(size: int) -> None:
+    for name, option in (("attention", "heads"), ("rnn", "hidden"), ("conv", "kernel"), ("conv", "dilation")):
+        with pytest.raises(ValueError, match=f"mixer {name}: .* at `{option}`"):
+            mixers.build({"name": name, "heads": 2} | {option: size} if name == "attention" else {"name": name, option: size},
+                         8, Positions())  # fmt: skip
+
+
+def test_a_kernel_that_reaches_too_far_is_refused() -> None:
+    with pytest.raises(ValueError, match="reaches over 65536 tokens"):
+        mixers.build({"name": "conv", "kernel": 3, "dilation": 10**6}, 8, Positions())

@@ -118,3 +118,8 @@ def test_only_our_own_files_load(tmp_path: Path) -> None:
     Core(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(path))
     with pytest.raises(ValueError, match=r"its first ids are \['a', 'b', None, None\].*not saved by headway"):
         Tokenizer.load(path)
+
+
+def test_a_vocabulary_size_is_refused_where_none_is_taken() -> None:
+    with pytest.raises(ValueError, match="vocab is for bpe only"):
+        TokenizerSpec("whitespace", vocab=300)

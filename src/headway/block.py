@@ -22,6 +22,7 @@ from headway.positions import Positions, build_positions
 from headway.spec import BlockSpec, StackSpec
 from headway.state import State
 
+DEEPEST = 2**12  # beyond it a spec is a mistake or an attack
 States = list[tuple[State | None, State | None]]  # per block: the mixer's and the cross mixer's
 
 
@@ -150,6 +151,8 @@ class Stack(nn.Module):
         super().__init__()
         if not spec.blocks or spec.repeat < 1:
             raise ValueError(f"a stack has one block or more; this one has {len(spec.blocks)} repeated {spec.repeat}x")
+        if (depth := len(spec.blocks) * spec.repeat) > DEEPEST:
+            raise ValueError(f"a stack has at most {DEEPEST} blocks; this one has {depth}")
         blocks = spec.blocks * spec.repeat
         found = [mixers.head_dim(block.mixer, width) for block in blocks if block.mixer is not None]
         dims = {dim for dim in found if dim is not None}
@@ -157,7 +160,7 @@ class Stack(nn.Module):
             raise ValueError(f"the attention mixers of one stack share a head width; these differ: {sorted(dims)}")
         self.positions = build_positions(spec.positions, width, next(iter(dims), None))
         self.dropout = Dropout(dropout)
-        self.blocks: Any = nn.ModuleList(build_block(block, width, self.positions, dropout) for block in blocks)
+        self.blocks: Any = nn.ModuleList(build_block(block, width, self.positions.inside, dropout) for block in blocks)
         self.norm = NORMS[blocks[-1].norm](width) if spec.final_norm else nn.Identity()
 
     @property

@@ -9,7 +9,7 @@ import importlib
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,7 +36,7 @@ Plugin = Annotated[list[str] | None, typer.Option("--plugin", metavar="MODULE", 
 @app.command()
 def demo(out: Out = None, resume: Resume = False, overwrite: Overwrite = False, set: Set = None) -> None:
     """Train four kinds of model to pronounce English, 45 seconds each, and show what each reached and cost."""
-    _compare("demo", out, resume, overwrite, set, "headway demo")
+    _compare("demo", out, resume, overwrite, set, _command("demo", None, set, out))
 
 
 @app.command()
@@ -50,7 +50,7 @@ def compare(
 ) -> None:
     """Train every model of a recipe under one equal budget; write results.json, report.html and the models."""
     _import(plugin)
-    _compare(recipe, out, resume, overwrite, set, f"headway compare {recipe}")
+    _compare(recipe, out, resume, overwrite, set, _command("compare", recipe, set, out, plugin))
 
 
 @app.command()
@@ -73,9 +73,9 @@ def train(
 
     chosen = read(recipe, set or [])
     folder = out or Path("runs") / chosen.name
-    with Live() as live, _resumable(f"headway train {recipe}", set, out):
+    with Live() as live, _resumable(_command("train", recipe, set, out, plugin)):
         result = headway.train(
-            recipe, out=folder, overrides=set or [], resume=resume, overwrite=overwrite, watch=live.watch
+            recipe, out=out, overrides=set or [], resume=resume, overwrite=overwrite, watch=live.watch
         )
     summary([result])
     typer.echo(f"\nUse it: headway run {folder} {_example(chosen.data.source)}")
@@ -87,8 +87,10 @@ def run(
     words: Annotated[list[str] | None, typer.Argument(help="What to answer; else --file or standard input.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="A text file, one input a line.")] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beginnings that beam search keeps; 1 is greedy.")] = 1,
+    plugin: Plugin = None,
 ) -> None:
     """Use a trained model: one answer a line, as they come. Several inputs are told apart by a tab."""
+    _import(plugin)
     from headway.hub import load
 
     loaded = load(model)
@@ -113,10 +115,10 @@ def _compare(recipe: str, out: Path | None, resume: bool, overwrite: bool, set: 
     from headway.recipe import read
 
     folder = out or Path("runs") / read(recipe, set or []).name
-    with Live() as live, _resumable(again, set, out):
+    with Live() as live, _resumable(again):
         results = headway.compare(
             recipe,
-            out=folder,
+            out=out,
             overrides=set or [],
             resume=resume,
             overwrite=overwrite,
@@ -132,37 +134,42 @@ def _compare(recipe: str, out: Path | None, resume: bool, overwrite: bool, set: 
 
 
 @contextmanager
-def _resumable(again: str, set: list[str] | None, out: Path | None) -> Iterator[None]:
+def _resumable(again: str) -> Iterator[None]:
     """Says how to go on when somebody stops a run."""
     from headway.train import Interrupted
 
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
-        options = "".join(f" --set {shlex.quote(s)}" for s in set or []) + (f" --out {out}" if out else "")
-        typer.echo(f"\nStopped, and nothing is lost. Go on with: {again}{options} --resume", err=True)
+        typer.echo(f"\nStopped, and nothing is lost. Go on with: {again} --resume", err=True)
         raise typer.Exit(0 if isinstance(stop, Interrupted) and stop.terminated else 130) from None
+
+
+def _command(
+    name: str, recipe: str | None, set: list[str] | None, out: Path | None, plugin: list[str] | None = None
+) -> str:
+    """The command line that was given, to be given again."""
+    words = ["headway", name, *([recipe] if recipe else [])]
+    words += [word for assignment in set or [] for word in ("--set", assignment)]
+    words += [word for module in plugin or [] for word in ("--plugin", module)]
+    return shlex.join([*words, *(["--out", str(out)] if out else [])])
 
 
 def _lines(file: Path | None) -> Iterator[list[str]]:
     """Lines that are there already, together: a slow pipe is answered line by line, a file in large batches."""
-    name = str(file) if file else "standard input"
-    try:
-        stream = file.open("rb") if file else sys.stdin.buffer
-    except OSError as error:
-        raise ValueError(f"{name}: {error.strerror}") from None
-    number, rest = 0, b""
-    while chunk := stream.read1(1 << 15):  # type: ignore[union-attr]
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield [line for line in (_decoded(raw, name, number + i + 1) for i, raw in enumerate(whole)) if line]
-        number += len(whole)
+    name, number, rest = str(file or "standard input"), 0, b""
+    with file.open("rb") if file else nullcontext(sys.stdin.buffer) as stream:
+        while chunk := stream.read1(1 << 15):  # type: ignore[union-attr]
+            *whole, rest = (rest + chunk).split(b"\n")
+            yield [line for line in (_decoded(raw, name, number + i + 1) for i, raw in enumerate(whole)) if line]
+            number += len(whole)
     if last := _decoded(rest, name, number + 1):
         yield [last]
 
 
 def _decoded(raw: bytes, name: str, number: int) -> str:
     try:
-        return raw.decode("utf-8").strip()
+        return raw.decode("utf-8").strip("\ufeff \t\r")  # the mark that Excel writes, and Windows' line ends
     except UnicodeDecodeError:
         raise ValueError(f"{name}:{number}: not UTF-8; convert it, for example with iconv") from None
 
@@ -175,8 +182,9 @@ def _warn_of_unknown(loaded: Loaded, texts: list[str]) -> None:
 
 def _import(modules: list[str] | None) -> None:
     """The one way to code from outside: because the user says so on the command line, never because a file does."""
-    sys.path.insert(0, "")
     for module in modules or []:
+        if "" not in sys.path:
+            sys.path.append("")  # the folder one stands in, behind what is installed
         try:
             importlib.import_module(module)
         except ImportError as error:
@@ -214,6 +222,9 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:  # no right to read or write there, a full disk
+        typer.echo(f"headway: {error.filename or 'cannot go on'}: {error.strerror}", err=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

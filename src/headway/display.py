@@ -67,53 +67,50 @@ class Live:
         )
 
 
-# column, how to show it, whether less is better (None: no best)
+# column, its heading in two lines, how to show it, whether less is better (None: no best)
 _COLUMNS = (
-    ("parameters", "parameters", lambda v: f"{v / 1e6:.2f}M", None),
-    ("train_tokens_per_second", "train tok/s", lambda v: f"{v:,.0f}", False),
-    ("valid_loss", "valid loss", lambda v: f"{v:.3f}", True),
+    ("parameters", "params", lambda v: f"{v / 1e6:.2f}M", None),
+    ("train_tokens_per_second", "train\ntok/s", lambda v: f"{v:,.0f}", False),
+    ("valid_loss", "valid\nloss", lambda v: f"{v:.3f}", True),
     ("per", "PER", lambda v: f"{v:.1%}", True),
     ("wer", "WER", lambda v: f"{v:.1%}", True),
-    ("decode_words_per_second", "words/s", lambda v: f"{v:,.0f}", False),
-    ("peak_memory_bytes", "memory", lambda v: f"{v / 2**20:,.0f} MiB", True),
+    ("decode_words_per_second", "decode\nword/s", lambda v: f"{v:,.0f}", False),
+    ("peak_memory_bytes", "memory\nMiB", lambda v: f"{v / 2**20:,.0f}", True),
 )
 
 
 def summary(results: Sequence[dict[str, Any]]) -> None:
     """Two tables: what each model reached and cost, and its token error rate by length of the input."""
-    console.print()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", no_wrap=True)
-    for _, head, _, _ in _COLUMNS:
-        table.add_column(head, justify="right", no_wrap=True)
     best = {key: _best([r[key] for r in results], less) for key, _, _, less in _COLUMNS}
-    for i, result in enumerate(results):
-        cells = (_marked(show(result[key]), i == best[key]) for key, _, show, _ in _COLUMNS)
-        table.add_row(result["title"], *cells)
-    console.print(table)
-    _by_length(results)
+    rows = [[_marked(show(r[key]), i == best[key]) for key, _, show, _ in _COLUMNS] for i, r in enumerate(results)]
+    _print("model", [heading for _, heading, _, _ in _COLUMNS], results, rows)
+    parts = range(len(results[0]["by_length"]))
+    least = [_best([r["by_length"][part]["per"] for r in results], True) for part in parts]
+    rows = [
+        [_marked(f"{r['by_length'][part]['per']:.1%}", i == least[part]) for part in parts]
+        for i, r in enumerate(results)
+    ]
+    _print("PER by length of input", [row["bucket"] for row in results[0]["by_length"]], results, rows)
     if len(results) > 1:
         console.print("* best in its column", style="dim")
 
 
-def _by_length(results: Sequence[dict[str, Any]]) -> None:
-    buckets = [row["bucket"] for row in results[0]["by_length"]]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("PER by length of the input", no_wrap=True)
-    for bucket in buckets:
-        table.add_column(bucket, justify="right")
-    best = [_best([r["by_length"][i]["per"] for r in results], True) for i in range(len(buckets))]
-    for row, result in enumerate(results):
-        cells = (_marked(f"{found['per']:.1%}", row == best[i]) for i, found in enumerate(result["by_length"]))
+def _print(title: str, headings: Sequence[str], results: Sequence[dict[str, Any]], rows: list[list[Text]]) -> None:
+    """One row a model; narrow enough for a terminal of 80 columns."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    table.add_column(title, vertical="bottom")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+    for result, cells in zip(results, rows, strict=True):
         table.add_row(result["title"], *cells)
     console.print(table)
 
 
-def _best(values: Sequence[float], less: bool | None) -> int | None:
+def _best(values: Sequence[int | float], less: bool | None) -> int | None:
     if less is None or len(values) < 2:
         return None
     return min(range(len(values)), key=lambda i: values[i] if less else -values[i])
 
 
 def _marked(text: str, is_best: bool) -> Text:
-    return Text(f"{text} *", "bold green") if is_best else Text(f"{text}  ")
+    return Text(f"{text}*", "bold green") if is_best else Text(f"{text} ")

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from headway import __version__, machine, models
 from headway.data.batches import collate
 from headway.generate.search import beam, greedy
 from headway.models.seq2seq import Model
-from headway.store import read_folder, restore_model, write_folder
+from headway.store import check_fit, read_folder, write_folder
 from headway.text import UNK, Tokenizer
 
 
@@ -51,6 +52,8 @@ class Loaded:
 
     def generate(self, texts: Iterable[str], *, beams: int = 1, batch: int = 256) -> list[Generation]:
         """One answer for each text, greedy or by beam search; batching changes no answer."""
+        if isinstance(texts, str):
+            raise ValueError(f"generate takes a list of texts, not one: generate([{texts[:40]!r}])")
         texts = list(texts)
         ids = [self._encode(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
@@ -72,7 +75,8 @@ class Loaded:
     def unknown(self, text: str) -> list[str]:
         """The pieces of a text that the model never saw in training."""
         text = text.lower() if self.lowercase else text
-        return sorted({piece for piece in (*text, *text.split()) if self.source.encode(piece) == [UNK]})
+        pieces = text if len(self.source.encode(text)) == len(text) else text.split()
+        return sorted({piece for piece in pieces if self.source.encode(piece) == [UNK]})
 
     def save(self, folder: str | Path) -> None:
         """Writes the model as a folder, atomically."""
@@ -93,7 +97,7 @@ class Loaded:
         if not ids:
             raise ValueError("cannot answer an empty text: give at least one character")
         if len(ids) > self.max_tokens:
-            raise ValueError(f"'{text[:40]}...' has {len(ids)} tokens; this model takes {self.max_tokens}: shorten it")
+            raise ValueError(f"{text[:40]!r} has {len(ids)} tokens; this model takes {self.max_tokens}: shorten it")
         return ids
 
 
@@ -112,15 +116,29 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Loaded
     spec = records["spec"]
     if not isinstance(spec.get("model"), dict) or not isinstance(spec.get("max_tokens"), int):
         raise ValueError(f"{folder / 'spec.json'}: has no 'model' and 'max_tokens'; the folder is not a whole model")
-    net = models.build(spec["model"])
-    if not isinstance(net, Model):
-        raise ValueError(f"{folder}: a model of kind '{spec['model'].get('kind')}' cannot answer; only seq2seq can")
-    restore_model(net, tensors.get("model", {}), folder / "model.safetensors")
-    net.to(device or machine.device())
     source, target = (Tokenizer.load(folder / f"{side}.json") for side in ("source", "target"))
+    if (source.vocab, target.vocab) != (spec["model"].get("source_vocab"), spec["model"].get("target_vocab")):
+        raise ValueError(f"{folder / 'source.json'}, target.json: not the tokenizers that spec.json was made with")
+    net = _network(spec["model"], tensors.get("model", {}), folder).to(device or machine.device())
     return Loaded(
         net, spec["model"], source, target, max_tokens=spec["max_tokens"], lowercase=spec.get("lowercase") is True
     )
+
+
+def _network(spec: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Model:
+    """The network of a spec, but only once its shapes are known to be those of `tensors`."""
+    try:
+        with torch.device("meta"):  # there, a spec that lies about its sizes costs nothing
+            sketch = models.build(spec)
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{folder / 'spec.json'}: {str(error).splitlines()[0]}") from None
+    if not isinstance(sketch, Model):
+        raise ValueError(f"{folder / 'spec.json'}: a {spec['kind']} cannot answer; only seq2seq can")
+    check_fit(sketch, tensors, folder / "model.safetensors")
+    net = models.build(spec)
+    assert isinstance(net, Model)
+    net.load_state_dict(tensors)
+    return net
 
 
 def safe_name(name: str) -> str:

@@ -19,6 +19,11 @@ from headway.spec import PositionSpec
 class Positions(nn.Module):
     """The scheme that does nothing, and the three hooks of all others."""
 
+    @property
+    def inside(self) -> Positions:
+        """What the mixers need of it. A scheme that only embeds gives them none, so that its table is saved once."""
+        return self
+
     def embed(self, x: Float[Tensor, "B T C"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
         return x
 
@@ -35,6 +40,10 @@ class Learned(Positions):
     def __init__(self, width: int, length: int) -> None:
         super().__init__()
         self.table = nn.Embedding(length, width)
+
+    @property
+    def inside(self) -> Positions:
+        return Positions()
 
     def embed(self, x: Float[Tensor, "B T C"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
         tokens, length = x.shape[1], self.table.num_embeddings
@@ -98,6 +107,8 @@ def build_positions(spec: PositionSpec, width: int, head_dim: int | None) -> Pos
                 raise ValueError(f"sinusoidal positions come in pairs, and width is {width}: choose an even one")
             return Sinusoidal(width, spec.base)
         case "alibi":
+            if head_dim is None:
+                raise ValueError("alibi is a penalty on the scores of heads, and this stack has none: choose another")
             return Alibi()
         case "rotary":
             if head_dim is None:

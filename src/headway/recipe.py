@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from headway.data.sources import DataSpec
 from headway.spec import Strict, convert, nearest, number, override
 from headway.text import TokenizerSpec
+
+Positive = Annotated[int, Meta(ge=1)]
 
 
 class Sides(Strict, frozen=True):
@@ -86,14 +90,14 @@ class Recipe(Strict, frozen=True):
     models: dict[str, Entry] | None = None
     objective: dict[str, Any] = {}
     optimizer: OptimizerSpec = OptimizerSpec()
-    batch_tokens: int = 4096
-    max_tokens: int = 64
+    batch_tokens: Positive = 4096
+    max_tokens: Positive = 64
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = 0
-    evaluations: int = 20
+    seed: Annotated[int, Meta(ge=0, lt=2**23)] = 0
+    evaluations: Positive = 20
     checkpoint_seconds: float = 30.0
-    beams: int = 1
-    test_limit: int | None = None
+    beams: Positive = 1
+    test_limit: Positive | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.models is None):
@@ -110,6 +114,8 @@ def built_in() -> dict[str, str]:
 def read(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a built-in name, a YAML file or a dict, with `overrides` such as "optimizer.lr=1e-3"."""
     data, where = (source, "recipe") if isinstance(source, dict) else _parse(source)
+    if any(assignment.startswith("budget.") for assignment in overrides):
+        data = {**data, "budget": {}}  # a budget has one key, so a new one takes the old one's place
     for assignment in overrides:
         data = override(data, assignment)
     return convert(data, Recipe, where)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 
 class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -18,12 +19,13 @@ class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 T = TypeVar("T")
+Size = Annotated[int, Meta(ge=1, le=2**24)]  # beyond it a spec is a mistake or an attack
 
 
 class FeedForwardSpec(Strict, frozen=True):
     """`hidden` is the inner width (default: four times the model's); `gated` multiplies by a second branch (GLU)."""
 
-    hidden: int | None = None
+    hidden: Size | None = None
     activation: Literal["gelu", "relu", "relu2", "silu", "tanh"] = "gelu"
     gated: bool = False
     bias: bool = True
@@ -43,18 +45,18 @@ class BlockSpec(Strict, frozen=True):
 
 
 class PositionSpec(Strict, frozen=True):
-    """`name`: none, learned, sinusoidal, rotary or alibi. `length`: a learned table's size. `base`: of the angles."""
+    """`length`: a learned table's size. `base`: of the angles. Rotary turns heads, and does nothing without any."""
 
     name: Literal["none", "learned", "sinusoidal", "rotary", "alibi"] = "rotary"
-    length: int = 512
-    base: float = 10000.0
+    length: Size = 512
+    base: Annotated[float, Meta(gt=0)] = 10000.0
 
 
 class StackSpec(Strict, frozen=True):
     """`blocks`, in order, `repeat` times over; so a hybrid is a list of two blocks."""
 
     blocks: tuple[BlockSpec, ...]
-    repeat: int = 1
+    repeat: Annotated[int, Meta(ge=1, le=1024)] = 1
     positions: PositionSpec = PositionSpec()
     final_norm: bool = True
 

@@ -77,7 +77,7 @@ class KeyValue:
             self.k, self.v, self.pos = self.k[rows], self.v[rows], self.pos[rows]
 
     def rewind(self, length: int) -> None:
-        if length > self.length:
+        if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length} tokens: only {self.length} are remembered")
         if self.pos is not None:
             self.pos[:, length:] = -1

@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +25,59 @@ MANIFEST = "manifest.json"
 
 def write_folder(folder: Path, tensors: dict[str, dict[str, Tensor]], records: dict[str, Any]) -> None:
     """Writes `NAME.safetensors` and `NAME.json` files as a new folder, or not at all; replaces an older one."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
     try:
-        fresh.mkdir()
+        fresh.mkdir(parents=True)
         for name, group in tensors.items():
             save_file(_unshared(group), fresh / f"{name}.safetensors")
         for name, record in records.items():
             (fresh / f"{name}.json").write_text(json.dumps(record, indent=1), "utf-8")
         sums = {file.name: _sha256(file) for file in sorted(fresh.iterdir())}
         (fresh / MANIFEST).write_text(json.dumps(sums, indent=1), "utf-8")
-        for file in fresh.iterdir():
+        for file in (*fresh.iterdir(), fresh):
             _flush(file)
         _swap(fresh, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by an error of its own
+        raise ValueError(f"{folder}: cannot write ({error}); what was there before is untouched") from error
+    finally:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise ValueError(f"{folder}: cannot write ({error.strerror}); what was there before is untouched") from error
 
 
 def read_folder(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """What `write_folder` wrote, every byte checked against the manifest."""
-    try:
-        sums = json.loads((folder / MANIFEST).read_text("utf-8"))
-        for name, expected in sums.items():
-            if Path(name).name != name:
-                raise ValueError(f"{folder / MANIFEST}: '{name}' leaves the folder; refuse it and train anew")
-            if _sha256(folder / name) != expected:
-                raise ValueError(f"{folder / name}: its contents changed since it was written; use an older checkpoint")
-        tensors = {n[: -len(".safetensors")]: load_file(folder / n) for n in sums if n.endswith(".safetensors")}
-        records = {n[: -len(".json")]: json.loads((folder / n).read_text("utf-8")) for n in sums if n.endswith(".json")}
-    except FileNotFoundError as error:
-        raise ValueError(f"{error.filename}: missing; use an older checkpoint or train anew") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, AttributeError) as error:
-        raise ValueError(f"{folder}: not readable ({error}); use an older one or train anew") from None
+    tensors, records = {}, {}
+    for name, expected in read_json(folder / MANIFEST, dict).items():
+        file = folder / name
+        if file.name != name or file.suffix not in (".json", ".safetensors"):
+            raise ValueError(f"{folder / MANIFEST}: {name!r} is no file of such a folder; do not use it")
+        with _reading(file):
+            if _sha256(file) != expected:
+                raise ValueError("its contents changed since it was written")
+            if file.suffix == ".safetensors":
+                tensors[file.stem] = load_file(file)
+        if file.suffix == ".json":
+            records[file.stem] = read_json(file, object)
     return tensors, records
+
+
+def read_json(file: Path, kind: type) -> Any:
+    """What a JSON file holds, if it is a `kind`."""
+    with _reading(file):
+        record = json.loads(file.read_text("utf-8"))
+        if not isinstance(record, kind):
+            raise ValueError("not an object")
+    return record
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Whatever goes wrong with a file is one line that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{file}: missing; use an older one or train anew") from None
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"{file}: not readable ({error}); use an older one or train anew") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -68,11 +89,17 @@ def write_text(path: Path, text: str) -> None:
         os.replace(fresh, path)
     except OSError as error:
         fresh.unlink(missing_ok=True)
-        raise ValueError(f"{path}: cannot write ({error.strerror}); what was there before is untouched") from error
+        raise ValueError(f"{path}: cannot write ({error}); what was there before is untouched") from error
 
 
 def restore_model(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
     """Loads strictly: a missing, unexpected or misshapen tensor is an error that names it."""
+    check_fit(model, tensors, where)
+    model.load_state_dict(tensors)
+
+
+def check_fit(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+    """Refuses tensors that are not this model's; the model may be on the meta device, where it costs nothing."""
     own = dict(model.state_dict())
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
@@ -82,7 +109,6 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> 
             f"first: {(missing + extra + sorted(wrong))[0]}"
         )
         raise ValueError(f"{where}: its weights are not this model's ({fault}): spec and weights must come together")
-    model.load_state_dict(tensors)
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -101,7 +127,11 @@ def _swap(fresh: Path, folder: Path) -> None:
     if folder.exists():
         old = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
         os.rename(folder, old)
-        os.rename(fresh, folder)
+        try:
+            os.rename(fresh, folder)
+        except OSError:
+            os.rename(old, folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.rename(fresh, folder)

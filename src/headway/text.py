@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import msgspec
+from headway.spec import Strict
 
 if TYPE_CHECKING:
     import tokenizers
@@ -19,11 +19,15 @@ SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>"]
 _BYTES = 256  # byte-level BPE starts from every byte, so that nothing is unknown to it
 
 
-class TokenizerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a token is. `vocab` is the size a BPE vocabulary grows to; the other kinds take what the text holds."""
+class TokenizerSpec(Strict, frozen=True, kw_only=False):
+    """What a token is. `vocab` is the size a BPE vocabulary grows to (default: 1000); only BPE takes it."""
 
     kind: Literal["characters", "whitespace", "bpe"] = "characters"
-    vocab: int = 1000
+    vocab: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.vocab is not None and self.kind != "bpe":
+            raise ValueError(f"vocab is for bpe only, a {self.kind} tokenizer takes what the text holds: leave it out")
 
 
 class Tokenizer:
@@ -114,9 +118,10 @@ def _collect(texts: Iterable[str], kind: str) -> "tokenizers.Tokenizer":
     return core
 
 
-def _train_bpe(texts: Iterable[str], vocab: int) -> "tokenizers.Tokenizer":
+def _train_bpe(texts: Iterable[str], vocab: int | None) -> "tokenizers.Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    vocab = 1000 if vocab is None else vocab
     if vocab < len(SPECIALS) + _BYTES:
         raise ValueError(f"vocab={vocab} is too small for bpe: {_BYTES} bytes and 4 specials need at least 260")
     core = Tokenizer(models.BPE())

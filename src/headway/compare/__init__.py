@@ -19,7 +19,7 @@ from headway.probe.alignment import cross_maps
 from headway.recipe import Recipe
 from headway.store import write_text
 from headway.text import BOS, EOS
-from headway.train import Watch, open_run, run_entry
+from headway.train import Watch, open_run, rehearse, run_entry
 from headway.train.data import Prepared, prepare
 from headway.train.evaluate import Scored
 
@@ -53,6 +53,8 @@ def compare(
     prepared = prepare(read)
     for line in prepared.splits.notes:
         note(line)
+    for entry in read.models.values():
+        rehearse(read, entry, prepared)
     results = _head(read, prepared)
     inputs = _samples(prepared, read)
     for name, entry in read.models.items():
@@ -116,7 +118,7 @@ def _look(model: Loaded, scored: list[Scored], inputs: list[str]) -> dict[str, A
 def alignment(model: Loaded, text: str) -> dict[str, Any] | None:
     """Where the last attending block looked while the model wrote its own answer, averaged over heads."""
     ids = model.source.encode(text)
-    answer = model.target.encode(model.generate([text])[0].text)
+    answer = model.target.encode(model.generate([text])[0].text)[: model.max_tokens]  # what positions reach
     device = next(model.net.parameters()).device
     maps = cross_maps(
         model.net, torch.tensor([[*ids, EOS]], device=device), torch.tensor([[BOS, *answer]], device=device)

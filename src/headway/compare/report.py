@@ -6,7 +6,6 @@ A figure that is missing or not finite is shown as an en dash and takes no part 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,6 +28,12 @@ from headway.compare.figures import (
     number,
     whole_text,
 )
+from headway.store import write_text
+
+try:
+    import jinja2  # an extra, missed when this module is imported: before hours of training, not behind them
+except ModuleNotFoundError:
+    raise ValueError("the report needs the package jinja2: pip install 'headway[report]'") from None
 
 FIXED_VECTOR = "rnn"  # the family whose decoder sees the input only through one vector
 FIXED_VECTOR_TWIN = "rnn_attention"  # the same network with attention: the fairest reference for it
@@ -43,23 +48,16 @@ def write_report(results: Mapping[str, Any], path: Path) -> None:
     """Write the page for `results` (the contents of results.json) to `path`, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        # "replace": a lone surrogate in somebody's data must not cost them the whole page.
-        partial.write_bytes(render(results).encode("utf-8", errors="replace"))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # "replace": a lone surrogate in somebody's data must not cost them the whole page.
+    write_text(path, render(results).encode("utf-8", errors="replace").decode("utf-8"))
 
 
 def render(results: Mapping[str, Any]) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -75,7 +75,7 @@ class Batches:
             source, target = self._lengths[worst]
             raise ValueError(
                 f"example {worst} needs {needs[worst]} tokens (source {source} and target {target}, ends included) "
-                f"but a batch holds tokens={tokens}: raise it to {needs[worst]} or leave out long examples"
+                f"but a batch holds batch_tokens={tokens}: raise it to {needs[worst]} or leave out long examples"
             )
         # targets go up, then down, then up with each next source length: a batch that spans two has no leap in it
         source, target = self._lengths.T

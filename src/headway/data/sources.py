@@ -11,6 +11,8 @@ import glob
 import gzip
 import hashlib
 import importlib
+import inspect
+import os
 import pkgutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -21,11 +23,12 @@ from typing import Literal
 import msgspec
 
 from headway.data import builtin
+from headway.spec import Strict
 
 _SHOWN = 5  # skipped rows named in the notes of one file
 
 
-class DataSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DataSpec(Strict, frozen=True, kw_only=False):
     """Where the pairs are.
 
     `source` is a built-in set's name, a path or a glob; `input` and `target` are column names or JSON keys.
@@ -56,8 +59,6 @@ class Splits:
 def load_splits(spec: DataSpec) -> Splits:
     if spec.bad_rows not in ("refuse", "skip"):
         raise ValueError(f"bad_rows={spec.bad_rows!r} is unknown: use 'refuse' or 'skip'")
-    if spec.keep_stress and spec.source != "cmudict":
-        raise ValueError(f"keep_stress is for the source 'cmudict' only, not for {spec.source!r}: leave it out")
     notes: list[str] = []
     own = {"valid": spec.valid, "test": spec.test}
     parts: dict[str, list[tuple[str, str]]] = {"train": [], "valid": [], "test": []}
@@ -92,9 +93,18 @@ def _cased(pairs: Iterable[tuple[str, str]], spec: DataSpec) -> Iterable[tuple[s
 
 
 def _source(spec: DataSpec, notes: list[str]) -> Iterable[tuple[str, str]]:
-    if spec.source in _builtins():
-        return importlib.import_module(f"{builtin.__name__}.{spec.source}").pairs(keep_stress=spec.keep_stress)
-    return _read(spec.source, spec, notes)
+    """A built-in set takes `keep_stress` where its `pairs` has that argument, and has the columns that it names."""
+    known = importlib.import_module(f"{builtin.__name__}.{spec.source}") if spec.source in _builtins() else None
+    takes_stress = known is not None and "keep_stress" in inspect.signature(known.pairs).parameters
+    if spec.keep_stress and not takes_stress:
+        raise ValueError(f"keep_stress is for the source 'cmudict' only, not for {spec.source!r}: leave it out")
+    if known is None:
+        return _read(spec.source, spec, notes)
+    columns = getattr(known, "COLUMNS", ("input", "target"))
+    for given, column, default in zip((spec.input, spec.target), columns, ("input", "target"), strict=True):
+        if given not in (column, default):
+            raise ValueError(f"{spec.source}: no column {given!r}; it has {columns[0]!r} and {columns[1]!r}")
+    return known.pairs(keep_stress=spec.keep_stress) if takes_stress else known.pairs()
 
 
 def _builtins() -> list[str]:
@@ -108,7 +118,7 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _files(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
+    path = Path(os.path.expanduser(pattern))
     if path.is_dir():
         raise ValueError(f"{pattern} is a folder: name its files, for example '{path}/*.tsv'")
     # a file whose own name holds [ or * is meant literally
@@ -241,7 +251,7 @@ def _jsonl(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
             continue
         try:
             record = msgspec.json.decode(line)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             yield lines.number, f"not valid JSON ({error})"
             continue
         yield lines.number, _texts(record, columns)

@@ -7,9 +7,11 @@ head 1911.02150. A window is a mask over exact attention, so it is an option her
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+import torch
 from jaxtyping import Float, Int
+from msgspec import Meta
 from torch import Tensor, nn
 
 from headway.attend import attend, weights
@@ -17,6 +19,7 @@ from headway.layers import residual_output
 from headway.mask import Mask
 from headway.mixers import Cost, Mixer
 from headway.positions import Positions
+from headway.spec import Size
 from headway.state import Cross, KeyValue, Ring, State
 
 
@@ -37,12 +40,12 @@ class Attention(Mixer):
         width: int,
         *,
         positions: Positions | None = None,
-        heads: int,
-        kv_heads: int | None = None,
-        head_dim: int | None = None,
+        heads: Size,
+        kv_heads: Size | None = None,
+        head_dim: Size | None = None,
         bias: bool = False,
         window: tuple[int | None, int | None] | None = None,
-        sinks: int = 0,
+        sinks: Annotated[int, Meta(ge=0)] = 0,
     ) -> None:
         super().__init__()
         kv_heads = kv_heads or heads
@@ -97,13 +100,12 @@ class Attention(Mixer):
         q, k = self.positions.rotate(q, pos), self.positions.rotate(k, pos)
         if state is None:
             bias = self.positions.bias(self.heads, pos, pos)
-            if not mask.facts & {"padding", "segments"}:  # indices say the same as positions: the kernel stays free
+            if mask.facts <= {"causal", "bidirectional", "window"}:  # indices say the same: the kernel stays free
                 return attend(q, k, v, mask, bias=bias)
             return attend(q, k, v, mask, q_pos=pos, k_pos=pos, bias=bias)
         if not isinstance(state, KeyValue | Ring):
             raise ValueError(f"attention streams with a KeyValue or a Ring, not {type(state).__name__}: use init_state")
-        if mask.segments is not None:
-            raise ValueError("attention cannot stream packed segments: stream one sequence a row")
+        _require_streamable(mask, pos)
         k, v, k_pos = state.append(k, v, pos, padded=mask.valid is not None)
         bias = self.positions.bias(self.heads, pos, k_pos)
         if pos.shape[1] == 1 and not state.padded and mask.facts == {"causal"} and bias is None:
@@ -141,3 +143,15 @@ class Attention(Mixer):
             held = min(length, self.local.window[0] + self.local.sinks)
         position_bytes = 0 if context_length else 8
         return Cost(projections + 4 * length * keys * inner, held * (4 * shared + position_bytes))
+
+
+def _require_streamable(mask: Mask, pos: Tensor) -> None:
+    """A token of a stream can see none that is yet to come."""
+    if mask.segments is not None:
+        raise ValueError("attention cannot stream packed segments: stream one sequence a row")
+    if not mask.causal:
+        raise ValueError("attention streams only under a causal mask: without one, tokens yet to come are seen")
+    if "prefix" in mask.facts:
+        seen = pos.amax(1) + 1
+        if bool(((seen > 0) & (seen < torch.as_tensor(mask.prefix, device=pos.device))).any()):
+            raise ValueError("attention: a chunk ends within the mask's prefix, whose tokens all see each other")

@@ -17,7 +17,10 @@ from headway.layers import residual_output
 from headway.mask import Mask
 from headway.mixers import Cost, Mixer
 from headway.positions import Positions
+from headway.spec import Size
 from headway.state import Recurrent, State
+
+LONGEST = 2**16  # tokens that a kernel may reach
 
 
 class Conv(Mixer):
@@ -34,14 +37,16 @@ class Conv(Mixer):
         width: int,
         *,
         positions: Positions | None = None,
-        kernel: int = 3,
-        dilation: int = 1,
+        kernel: Size = 3,
+        dilation: Size = 1,
         depthwise: bool = False,
         gated: bool = True,
     ) -> None:
         super().__init__()
         if kernel < 1 or dilation < 1:
             raise ValueError(f"conv: kernel and dilation are 1 or more, not {kernel} and {dilation}")
+        if (kernel - 1) * dilation > LONGEST:  # no weight's shape tells it
+            raise ValueError(f"conv: kernel {kernel}, dilation {dilation}: reaches over {LONGEST} tokens")
         self.width, self.kernel, self.dilation, self.depthwise, self.gated = width, kernel, dilation, depthwise, gated
         inner = width * (2 if gated else 1)
         if depthwise:

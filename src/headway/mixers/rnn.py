@@ -16,6 +16,7 @@ from headway.layers import residual_output
 from headway.mask import Mask
 from headway.mixers import Cost, Mixer
 from headway.positions import Positions
+from headway.spec import Size
 from headway.state import Recurrent, State
 
 
@@ -33,7 +34,7 @@ class Rnn(Mixer):
         *,
         positions: Positions | None = None,
         cell: Literal["lstm", "gru"] = "lstm",
-        hidden: int | None = None,
+        hidden: Size | None = None,
         bidirectional: bool = False,
     ) -> None:
         super().__init__()

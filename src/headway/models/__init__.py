@@ -18,7 +18,10 @@ def names() -> list[str]:
 
 
 def parse(spec: dict[str, Any]) -> Any:
-    """The typed spec of {"kind": ..., ...}; each file in this folder defines `Spec` and `Model`."""
+    """The typed spec of {"kind": ..., ...}.
+
+    Each file in this folder defines `Spec` and `Model`; its `branches` counts residual branches, for `initialise`.
+    """
     kind = spec.get("kind")
     if kind not in names():
         raise ValueError(f"model.kind: no model '{kind}'{nearest(str(kind), names())}")

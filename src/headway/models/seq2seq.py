@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from headway.block import Stack, States
 from headway.mask import Mask
 from headway.positions import positions_of
-from headway.spec import StackSpec, Strict
+from headway.spec import Size, StackSpec, Strict
 
 
 class Spec(Strict, frozen=True):
     """Vocabularies come from the tokenizers where a recipe leaves them at 0. `tie`: the head shares the embedding."""
 
-    width: Annotated[int, Meta(ge=1)]
+    width: Size
     encoder: StackSpec
     decoder: StackSpec
-    source_vocab: int = 0
-    target_vocab: int = 0
-    dropout: float = 0.0
+    source_vocab: Annotated[int, Meta(ge=0, le=2**24)] = 0
+    target_vocab: Annotated[int, Meta(ge=0, le=2**24)] = 0
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     tie: bool = False
 
 

@@ -10,18 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
+from headway import models, objectives
 from headway import recipe as recipes
+from headway.data.batches import Batch
 from headway.data.sources import references
+from headway.generate.search import greedy
 from headway.hub import Loaded, safe_name
 from headway.machine import Peak, hardware, versions
+from headway.models.seq2seq import Model
 from headway.recipe import Entry, Recipe
-from headway.store import write_text
+from headway.store import read_json, write_text
 from headway.train.data import Prepared, prepare
 from headway.train.evaluate import Scored, by_length, evaluate, rates
 from headway.train.loop import Interrupted, Status, Trainer
+from headway.train.optim import build_optimizers
 
-__all__ = ["Interrupted", "Status", "open_run", "run_entry", "train"]
+__all__ = ["Interrupted", "Status", "open_run", "rehearse", "run_entry", "train"]
 
 Watch = Callable[[str, Status], None]
 
@@ -43,28 +49,42 @@ def train(
     if read.model is None:
         raise ValueError(f"recipe {read.name} has several models: use headway compare, or set `model`")
     folder = open_run(Path(out or Path("runs") / safe_name(read.name)), read, resume=resume, overwrite=overwrite)
-    result, _ = run_entry(read, "model", Entry(model=read.model), prepare(read), folder, resume=resume, watch=watch)
+    entry, prepared = Entry(model=read.model), prepare(read)
+    rehearse(read, entry, prepared)
+    result, _ = run_entry(read, "model", entry, prepared, folder, resume=resume, watch=watch)
     return result
 
 
 def open_run(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
     """A folder for a run. An old run is never written over unasked, and resumed only with its own recipe."""
-    record = msgspec.to_builtins(recipe)
+    record = msgspec.json.decode(msgspec.json.encode(recipe))  # lists for tuples, as the file will give it back
     path = folder / "recipe.json"
-    if path.is_file() and resume:
-        if json.loads(path.read_text("utf-8")) != record:
-            raise ValueError(f"{path}: the run there has another recipe; resume with that one, or choose another --out")
-    elif folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{folder}: is not empty; --resume goes on with the run there, --overwrite starts anew")
+    if folder.is_dir() and any(file != path for file in folder.iterdir()):  # a recipe alone is a run that never began
         if not path.is_file():
-            raise ValueError(
-                f"{folder}: is not empty and holds no run, so nothing there is removed; choose another --out"
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+            raise ValueError(f"{folder}: is not empty and holds no run, so it is left alone; choose another --out")
+        if not (resume or overwrite):
+            raise ValueError(f"{folder}: holds a run; --resume goes on with it, --overwrite starts anew")
+        if resume and read_json(path, dict) != record:
+            raise ValueError(f"{path}: the run there has another recipe; resume with that one, or choose another --out")
+        if not resume:
+            shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be the folder of a run ({error.strerror}); choose another --out") from None
     write_text(path, json.dumps(record, indent=1))
     return folder
+
+
+@torch.no_grad()
+def rehearse(recipe: Recipe, entry: Entry, prepared: Prepared) -> None:
+    """Builds a model and shows it the longest texts it may meet: a mistake costs a second and no training."""
+    net = models.build({**entry.model, "source_vocab": prepared.source.vocab, "target_vocab": prepared.target.vocab})
+    build_optimizers(net, entry.optimizer or recipe.optimizer)
+    longest = torch.zeros(1, recipe.max_tokens + 1, dtype=torch.long)  # and the end
+    objectives.build(recipe.objective)(net, Batch(longest, None, longest, longest, tokens=longest.numel()))
+    if isinstance(net, Model):
+        greedy(net.eval(), longest, limit=2)
 
 
 def run_entry(
@@ -81,7 +101,7 @@ def run_entry(
     """Trains and tests one model; `after` may add to the result. A finished one is not trained again on resume."""
     done = folder / "result.json"
     if resume and done.is_file():
-        return json.loads(done.read_text("utf-8")), None
+        return read_json(done, dict), None
     folder.mkdir(parents=True, exist_ok=True)
     peak = Peak()
     trainer = Trainer(

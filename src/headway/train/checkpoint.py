@@ -12,7 +12,7 @@ from headway.store import MANIFEST
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint below `folder`; one left half-swapped by a crash counts too."""
+    """The newest checkpoint below `folder`."""
     found = sorted(p for p in folder.glob("step-*") if (p / MANIFEST).is_file())
     return found[-1] if found else None
 
@@ -41,4 +41,5 @@ def restore_optimizers(optimizers: list[torch.optim.Optimizer], tensors: dict[st
     for name, value in tensors.items():
         i, j, key = name.split(".", 2)
         parameters = [p for group in optimizers[int(i)].param_groups for p in group["params"]]
-        optimizers[int(i)].state[parameters[int(j)]][key] = value
+        p = parameters[int(j)]
+        optimizers[int(i)].state[p][key] = value.to(p.device)

@@ -33,6 +33,7 @@ def prepare(recipe: Recipe) -> Prepared:
     target = Tokenizer.train(recipe.tokenizers.target, (pair[1] for pair in splits.train))
     train = _encode(recipe, splits, splits.train, source, target)
     valid = _encode(recipe, splits, splits.valid, source, target)
+    _encode(recipe, splits, splits.test, source, target)  # a pair that does not fit is refused before training
     for part, examples in (("train", train), ("valid", valid)):
         if not examples:
             raise ValueError(
@@ -58,7 +59,7 @@ def _encode(
         if not example[0] or max(map(len, example)) > recipe.max_tokens:
             if recipe.data.bad_rows == "refuse":
                 raise ValueError(
-                    f"{recipe.data.source}: the pair '{input[:40]}' is {len(example[0])} and {len(example[1])} tokens; "
+                    f"{recipe.data.source}: the pair {input[:40]!r} is {len(example[0])} and {len(example[1])} tokens; "
                     f"the model takes 1 to {recipe.max_tokens}: raise max_tokens, or set data.bad_rows=skip"
                 )
             long += 1

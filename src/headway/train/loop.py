@@ -136,16 +136,20 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        value = float(loss.plain) / loss.tokens
-        if not math.isfinite(value):
-            raise ValueError(
-                f"the loss is {value} at step {step}: lower optimizer.lr ({self.optimizer.lr}) or optimizer.clip "
-                f"({self.optimizer.clip}); --resume goes on from the last checkpoint"
-            )
+        value = self._finite(float(loss.plain) / loss.tokens, "loss")
         self.loss = value if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * value
         progress.step, progress.tokens = step + 1, progress.tokens + batch.tokens
         progress.seconds += time.perf_counter() - began
         self.log.append(json.dumps({"step": step, "loss": value, "seconds": round(progress.seconds, 3)}))
+
+    def _finite(self, value: float, what: str) -> float:
+        if math.isfinite(value):
+            return value
+        spec = self.optimizer
+        raise ValueError(
+            f"the {what} is {value} at step {self.progress.step}: lower optimizer.lr ({spec.lr}), optimizer.matrix_lr "
+            f"({spec.matrix_lr}) or optimizer.clip ({spec.clip}) and start anew with --overwrite"
+        )
 
     def _fraction(self) -> float:
         return self.recipe.budget.fraction(self.progress.seconds, self.progress.step, self.progress.tokens)
@@ -159,7 +163,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """One point of the learning curve; the best weights so far are kept."""
-        value = self.valid_loss(self.prepared.curve)
+        value = self._finite(self.valid_loss(self.prepared.curve), "validation loss")
         progress = self.progress
         progress.evaluations = int(self._fraction() * self.recipe.evaluations) + 1
         progress.curve.append(
@@ -190,8 +194,11 @@ class Trainer:
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:  # first: a resume cuts what is too much
             file.writelines(line + "\n" for line in self.log)
         self.log.clear()
+        target = folder / f"step-{self.progress.step:09d}"
+        if target == checkpoint.latest(folder):
+            return
         write_folder(
-            folder / f"step-{self.progress.step:09d}",
+            target,
             {
                 "model": self.model.state_dict(),
                 "best": self.best,
@@ -205,6 +212,7 @@ class Trainer:
         """Goes back to the newest checkpoint; false where there is none yet."""
         found = checkpoint.latest(self.folder / "checkpoints")
         if found is None:
+            self._cut_log()
             return False
         tensors, records = read_folder(found)
         if records["spec"] != self.spec:

@@ -1,0 +1,484 @@
+"""Claims about the training loop: exact to the bit, kept to its budget, and nothing lost however a run is stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import ARCHITECTURES, eight_pairs, fresh, prepared_task, task, trainer, write_pairs
+from torch import Tensor, nn
+
+import headway
+from headway import objectives
+from headway.data.batches import IGNORE, Batch
+from headway.recipe import OptimizerSpec, Recipe, read
+from headway.train import Interrupted, checkpoint, open_run
+from headway.train.loop import Status, Trainer
+from headway.train.optim import Muon, build_optimizers, orthogonal, set_rate
+
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("data") / "pairs.tsv")
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = (folder / "log.jsonl").read_text("utf-8").splitlines()
+    return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def weights(loop: Trainer) -> Weights:
+    return {name: tensor.clone() for name, tensor in loop.model.state_dict().items()}
+
+
+def same(one: Weights, other: Weights) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# exact
+
+
+def test_the_same_seed_gives_the_same_losses_to_the_bit(pairs: Path, tmp_path: Path) -> None:
+    dropout = {**task(pairs)["model"], "dropout": 0.1}
+    for name, seed in (("one", 3), ("again", 3), ("other", 4)):
+        headway.train(task(pairs, seed=seed, model=dropout), out=tmp_path / name)
+    assert len(losses(tmp_path / "one")) == 12
+    assert losses(tmp_path / "one") == losses(tmp_path / "again")
+    assert digest(tmp_path / "one") == digest(tmp_path / "again")
+    assert losses(tmp_path / "one") != losses(tmp_path / "other")
+
+
+def test_large_seeds_differ_too(pairs: Path, tmp_path: Path) -> None:
+    dropout = {**task(pairs)["model"], "dropout": 0.1}
+    found = []
+    for seed in (2**23 - 1, 2**23 - 2):
+        headway.train(task(pairs, seed=seed, model=dropout, budget={"steps": 2}), out=tmp_path / str(seed))
+        found.append(losses(tmp_path / str(seed)))
+    assert found[0] != found[1]
+
+
+# the budget
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_budget_of_steps_is_kept(pairs: Path, tmp_path: Path, steps: int) -> None:
+    result = headway.train(task(pairs, budget={"steps": steps}), out=tmp_path / "run")
+    assert result["steps"] == steps == len(losses(tmp_path / "run"))
+
+
+def test_a_budget_of_tokens_ends_with_the_batch_that_reaches_it(pairs: Path, tmp_path: Path) -> None:
+    budget = 3000
+    result = headway.train(task(pairs, budget={"tokens": budget}), out=tmp_path / "run")
+    _, prepared = prepared_task(pairs)
+    spent = [prepared.batches.batch(step).tokens for step in range(result["steps"])]
+    assert sum(spent[:-1]) < budget <= sum(spent) == result["tokens"]
+
+
+def test_a_budget_of_seconds_counts_training_alone(pairs: Path, tmp_path: Path) -> None:
+    loop = trainer(tmp_path / "run", pairs, budget={"seconds": 0.3})
+    loop.fit()
+    assert 0.3 <= loop.progress.seconds < 1.0
+    assert loop.progress.step > 3
+
+
+# stopping and going on
+
+
+def stop_at(step: int, number: int) -> Callable[[Status], None]:
+    def watch(status: Status) -> None:
+        if status.step == step:
+            os.kill(os.getpid(), number)
+
+    return watch
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_to_the_same_bits(pairs: Path, tmp_path: Path, name: str, number: int) -> None:
+    changed: dict[str, Any] = {
+        "optimizer": {"name": name, "warmup": 4},
+        "model": {**ARCHITECTURES["rnn_attention"], "dropout": 0.1},
+    }
+    whole = trainer(tmp_path / "whole", pairs, **changed)
+    whole.fit()
+    stopped = trainer(tmp_path / "stopped", pairs, **changed)
+    stopped.watch = stop_at(7, number)
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted) as stop:
+        stopped.fit()
+    assert stop.value.terminated == (number == signal.SIGTERM)
+    assert signal.getsignal(number) == before, "the signal is handed back"
+    assert stopped.progress.step == 7
+    resumed = trainer(tmp_path / "stopped", pairs, **changed)
+    assert resumed.resume()
+    assert same(weights(resumed), weights(stopped)), "the very weights at which it stopped"
+    resumed.fit()
+    assert same(weights(whole), weights(resumed))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+    assert whole.progress.curve[-1]["loss"] == resumed.progress.curve[-1]["loss"]
+    assert [p["valid_loss"] for p in whole.progress.curve] == [p["valid_loss"] for p in resumed.progress.curve]
+
+
+KILLED = """
+import json, os, pathlib, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import torch._dynamo, headway.train, rapidfuzz.distance.Levenshtein, tokenizers  # all that would load later
+from headway.train import train
+
+recipe, out, moments = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+
+def start(folder):  # a process of its own, without importing everything again
+    child = os.fork()
+    if child:
+        return child
+    try:
+        train(recipe, out=folder, resume=True)
+    finally:
+        os._exit(0 if os.path.exists(folder + "/result.json") else 1)
+
+def newest():
+    return max((p.name for p in pathlib.Path(out, "killed", "checkpoints").glob("step-*")), default="")
+
+assert os.waitpid(start(out + "/whole"), 0)[1] == 0
+killed = 0
+for moment in moments:
+    before, child = newest(), start(out + "/killed")
+    while newest() == before and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.001)
+    time.sleep(moment)
+    os.kill(child, signal.SIGKILL)
+    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+assert os.waitpid(start(out + "/killed"), 0)[1] == 0
+print(killed)
+"""
+
+
+def environment() -> dict[str, str]:
+    source = str(Path(headway.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(pairs: Path, tmp_path: Path) -> None:
+    recipe = task(pairs, checkpoint_seconds=0, budget={"steps": 24}, model=ARCHITECTURES["conv"])
+    moments = [random.uniform(0.0, 0.05) for _ in range(4)]  # after the first checkpoint of each life
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(recipe), str(tmp_path), json.dumps(moments)],
+        env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 4, "it has to be killed while it trains"
+    assert digest(tmp_path / "whole") == digest(tmp_path / "killed")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    left = {path.name for path in (tmp_path / "killed").rglob("*") if path.name.endswith(".part")}
+    assert not left
+
+
+def test_a_log_without_a_checkpoint_is_begun_anew(pairs: Path, tmp_path: Path) -> None:
+    """A run killed while it wrote its first checkpoint has a log already."""
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 9.0}\n{"step": 1, "lo', "utf-8")
+    loop = trainer(tmp_path, pairs)
+    assert not loop.resume()
+    loop.fit()
+    assert [step for step, _ in losses(tmp_path)] == list(range(12))
+
+
+def test_two_checkpoints_are_kept(pairs: Path, tmp_path: Path) -> None:
+    trainer(tmp_path, pairs, checkpoint_seconds=0).fit()
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-000000011", "step-000000012"]
+
+
+def test_a_damaged_checkpoint_is_named(pairs: Path, tmp_path: Path) -> None:
+    trainer(tmp_path, pairs).fit()
+    found = checkpoint.latest(tmp_path / "checkpoints")
+    assert found is not None
+    weights_file = found / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"step-000000012/model\.safetensors") as fault:
+        trainer(tmp_path, pairs).resume()
+    assert "\n" not in str(fault.value)
+
+
+def test_a_finished_run_is_not_trained_again(pairs: Path, tmp_path: Path) -> None:
+    first = headway.train(task(pairs), out=tmp_path / "run")
+    seen: list[Status] = []
+    again = headway.train(task(pairs), out=tmp_path / "run", resume=True, watch=lambda _, status: seen.append(status))
+    assert not seen
+    assert again == json.loads(json.dumps(first))
+
+
+def test_sigterm_saves_and_exits_with_0(pairs: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"  # JSON is YAML
+    recipe.write_text(json.dumps(task(pairs, budget={"seconds": 60})), "utf-8")
+    out = tmp_path / "run"
+    program = [sys.executable, "-m", "headway", "train", str(recipe), "--out", str(out)]
+    settings = ["--set", "checkpoint_seconds=0"]
+    with subprocess.Popen(
+        [*program, *settings], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        while checkpoint.latest(out / "checkpoints") is None and run.poll() is None:
+            time.sleep(0.02)
+        run.send_signal(signal.SIGTERM)
+        _, said = run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert "Traceback" not in said
+    assert "--resume" in said and str(out) in said, "it says how to go on"
+    saved = checkpoint.latest(out / "checkpoints")
+    assert saved is not None
+    assert len(losses(out)) == int(saved.name.removeprefix("step-"))
+
+
+# the run's folder
+
+
+def recipe_for(pairs: Path, **changed: Any) -> Recipe:
+    return read(task(pairs, **changed))
+
+
+def test_an_old_run_is_not_written_over_unasked(pairs: Path, tmp_path: Path) -> None:
+    folder = open_run(tmp_path / "run", recipe_for(pairs), resume=False, overwrite=False)
+    (folder / "log.jsonl").write_text("{}\n", "utf-8")
+    with pytest.raises(ValueError, match="--resume goes on with it, --overwrite starts anew"):
+        open_run(folder, recipe_for(pairs), resume=False, overwrite=False)
+    assert (folder / "log.jsonl").is_file()
+    open_run(folder, recipe_for(pairs), resume=True, overwrite=False)
+    assert (folder / "log.jsonl").is_file()
+    open_run(folder, recipe_for(pairs), resume=False, overwrite=True)
+    assert not (folder / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_folder_that_holds_no_run_is_never_removed(
+    pairs: Path, tmp_path: Path, resume: bool, overwrite: bool
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work", "utf-8")
+    with pytest.raises(ValueError, match="holds no run, so it is left alone"):
+        open_run(tmp_path, recipe_for(pairs), resume=resume, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_that_never_began_is_in_nobodys_way(pairs: Path, tmp_path: Path) -> None:
+    wrong = task(pairs, max_tokens=3)
+    with pytest.raises(ValueError, match="raise max_tokens"):
+        headway.train(wrong, out=tmp_path / "run")
+    headway.train(task(pairs, budget={"steps": 1}), out=tmp_path / "run")
+
+
+def test_a_file_is_no_folder_for_a_run(pairs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", "utf-8")
+    with pytest.raises(ValueError, match="cannot be the folder of a run"):
+        open_run(tmp_path / "file", recipe_for(pairs), resume=False, overwrite=False)
+
+
+def test_going_on_with_another_recipe_is_refused(pairs: Path, tmp_path: Path) -> None:
+    headway.train(task(pairs, budget={"steps": 1}), out=tmp_path / "run")
+    with pytest.raises(ValueError, match="another recipe") as fault:
+        headway.train(task(pairs, budget={"steps": 2}), out=tmp_path / "run", resume=True)
+    assert "\n" not in str(fault.value)
+
+
+# the loss
+
+
+def by_hand(net: nn.Module, batch: Batch, smoothing: float) -> float:
+    """Cross-entropy against (1 - smoothing) on the target and smoothing / V everywhere, token by token."""
+    with torch.no_grad():
+        p = net(batch.source, batch.target_in, batch.source_valid).double().softmax(-1)
+    total, vocab = 0.0, p.shape[-1]
+    for row, labels in zip(p.tolist(), batch.target_out.tolist(), strict=True):
+        for place, label in zip(row, labels, strict=True):
+            if label == IGNORE:
+                continue
+            wanted = [smoothing / vocab + (1 - smoothing) * (token == label) for token in range(vocab)]
+            total -= sum(w * math.log(q) for w, q in zip(wanted, place, strict=True) if w)
+    return total
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_cross_entropy_as_written_by_hand(smoothing: float) -> None:
+    net, batch = fresh("transformer"), eight_pairs()
+    loss = objectives.build({"name": "seq2seq", "smoothing": smoothing})(net, batch)
+    assert loss.tokens == int((batch.target_out != IGNORE).sum()) < batch.target_out.numel()
+    assert float(loss.total.detach()) == pytest.approx(by_hand(net, batch, smoothing), rel=1e-5)
+    assert float(loss.plain) == pytest.approx(by_hand(net, batch, 0.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_padding_changes_no_loss(name: str) -> None:
+    net, batch = fresh(name), eight_pairs()
+    objective = objectives.build({"name": "seq2seq", "smoothing": 0.1})
+    assert batch.source_valid is not None
+    longer = Batch(
+        F.pad(batch.source, (0, 5)),
+        F.pad(batch.source_valid, (0, 5), value=False),
+        F.pad(batch.target_in, (0, 3)),
+        F.pad(batch.target_out, (0, 3), value=IGNORE),
+        batch.tokens,
+    )
+    plain, padded = objective(net, batch), objective(net, longer)
+    assert plain.tokens == padded.tokens
+    torch.testing.assert_close(plain.total, padded.total)
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_architecture_learns_one_batch_by_heart(name: str) -> None:
+    net, batch = fresh(name).train(), eight_pairs()
+    spec = OptimizerSpec(lr=2e-2, matrix_lr=0.03, warmup=5)
+    optimizers = build_optimizers(net, spec)
+    objective = objectives.build({})
+    for step in range(90):
+        loss = objective(net, batch)
+        (loss.total / loss.tokens).backward()
+        set_rate(optimizers, spec, step, step / 90)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert float(loss.plain) / loss.tokens < 0.02
+
+
+def test_the_best_weights_are_the_ones_kept(pairs: Path, tmp_path: Path) -> None:
+    """At a rate far too high after the first evaluations, later weights are worse."""
+    loop = trainer(tmp_path, pairs, evaluations=12, optimizer={"name": "adamw", "lr": 1.0, "decay": 0.0})
+    scores: dict[float, Weights] = {}
+    plain = loop.valid_loss
+
+    def noted(batches: list[Batch]) -> float:
+        value = plain(batches)
+        scores[value] = weights(loop)
+        return value
+
+    loop.valid_loss = noted  # type: ignore[method-assign]
+    model = loop.fit()
+    assert min(scores) < list(scores)[-1], "the last were the best, so nothing is tested"
+    assert same(dict(model.net.state_dict()), scores[min(scores)])
+    assert loop.progress.best_loss == min(scores)
+
+
+@pytest.mark.parametrize("steps", [1, 30])
+def test_a_loss_that_is_no_number_ends_in_one_line(pairs: Path, tmp_path: Path, steps: int) -> None:
+    changed = {"optimizer": {"name": "adamw", "lr": 1e38, "warmup": 0, "clip": 1e38}, "budget": {"steps": steps}}
+    with pytest.raises(ValueError, match=r"loss is (nan|inf) at step \d+: lower optimizer\.lr") as fault:
+        trainer(tmp_path, pairs, **changed).fit()
+    assert "\n" not in str(fault.value)
+
+
+# what is wrong is told before it costs anything
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"model": {**ARCHITECTURES["conv"], "width": 0}}, "width"),
+        ({"max_tokens": 64, "model": ARCHITECTURES["conv"]}, "learned positions end at 64"),
+        ({"optimizer": {"lr": -1.0}}, "learning rate"),
+        ({"objective": {"name": "seq2seq", "smoothing": 2.0}}, "objective.smoothing"),
+        ({"beams": 0}, "beams"),
+        ({"evaluations": 0}, "evaluations"),
+        ({"test_limit": 0}, "test_limit"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(
+    pairs: Path, tmp_path: Path, changed: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words) as fault:
+        headway.train(task(pairs, **changed), out=tmp_path / "run", watch=lambda *_: pytest.fail("it trained"))
+    assert "\n" not in str(fault.value)
+
+
+def test_a_decoder_that_cannot_stream_is_refused_before_training(pairs: Path, tmp_path: Path) -> None:
+    model = ARCHITECTURES["rnn"]
+    block = {"mixer": {"name": "rnn", "bidirectional": True}, "cross": {"name": "summary"}}
+    wrong = {**model, "decoder": {**model["decoder"], "blocks": [block]}}
+    with pytest.raises(ValueError, match="cannot"):
+        headway.train(task(pairs, model=wrong), out=tmp_path / "run", watch=lambda *_: pytest.fail("it trained"))
+
+
+def test_a_test_pair_that_does_not_fit_is_refused_like_any_other(pairs: Path, tmp_path: Path) -> None:
+    own = tmp_path / "test.tsv"
+    own.write_text("input\ttarget\nabcdefghabcdefghabcdefgh\tA B\n", "utf-8")
+    data = {"source": str(pairs), "test": str(own)}
+    with pytest.raises(ValueError, match="raise max_tokens"):
+        headway.train(task(pairs, data=data, max_tokens=10), out=tmp_path / "run")
+
+
+# optimisers
+
+
+def test_muon_turns_a_matrix_into_a_nearly_orthogonal_one() -> None:
+    for rows, columns in ((16, 16), (32, 8), (8, 48)):
+        u, _, vt = torch.linalg.svd(torch.randn(3, rows, columns), full_matrices=False)
+        spread = torch.logspace(0, -2, min(rows, columns))
+        step = orthogonal((u * spread) @ vt * 37.0)
+        values = torch.linalg.svdvals(step)
+        assert float(values.min()) > 0.8
+        assert float(values.max()) < 1.2
+        turned = u.mT @ step @ vt.mT  # the same directions, only their lengths differ
+        off = turned - torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1))
+        assert float(off.abs().max()) < 1e-3
+
+
+def test_muon_lowers_a_quadratic() -> None:
+    target = torch.randn(12, 8)
+    matrix = nn.Parameter(torch.zeros(12, 8))
+    optimizer = Muon([matrix], lr=0.05)
+    seen = []
+    for _ in range(60):
+        loss = (matrix - target).square().mean()
+        seen.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert seen[-1] < 0.1 * seen[0]
+    assert all(later < sooner for sooner, later in pairwise(seen[:20]))
+
+
+def test_muon_takes_the_matrices_inside_the_blocks_and_every_parameter_is_taken_once() -> None:
+    net = fresh("transformer")
+    adamw, muon = build_optimizers(net, OptimizerSpec(name="muon"))
+    taken = [p for o in (adamw, muon) for group in o.param_groups for p in group["params"]]
+    assert len(taken) == len({id(p) for p in taken}) == len(list(net.parameters()))
+    inside = {id(p) for group in muon.param_groups for p in group["params"]}
+    named = {name for name, p in net.named_parameters() if id(p) in inside}
+    assert named and all(".blocks." in name and name.endswith("weight") for name in named)
+    assert len(build_optimizers(net, OptimizerSpec(name="adamw"))) == 1
+    decayed = {id(p) for g in adamw.param_groups if g["weight_decay"] for p in g["params"]}
+    assert all(p.ndim > 1 for p in net.parameters() if id(p) in decayed)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.25, 0.0])
+def test_the_rate_warms_up_stays_and_decays_to_nothing(decay: float) -> None:
+    spec = OptimizerSpec(name="adamw", lr=0.1, warmup=10, decay=decay)
+    optimizers = build_optimizers(nn.Linear(2, 2), spec)
+
+    def rate(step: int, fraction: float) -> float:
+        set_rate(optimizers, spec, step, fraction)
+        return optimizers[0].param_groups[0]["lr"]
+
+    assert rate(0, 0.0) == pytest.approx(0.01)
+    assert rate(4, 0.0) == pytest.approx(0.05)
+    assert rate(9, 0.0) == rate(500, 0.0) == pytest.approx(0.1)
+    left = {1.0: (0.5, 0.1, 0.0), 0.25: (1.0, 0.4, 0.0), 0.0: (1.0, 1.0, 1.0)}[decay]
+    found = [rate(500, fraction) / 0.1 for fraction in (0.5, 0.9, 1.0)]
+    assert found == pytest.approx(left)
