@@ -8,11 +8,14 @@ from tiny import ARCHITECTURES, eight_pairs, fresh
 from torch import Tensor, nn
 
 from headway import models
+from headway.compare import alignment
 from headway.data.batches import Batch
+from headway.hub import Loaded
 from headway.mask import Mask
 from headway.mixers.attention import Attention
 from headway.models.seq2seq import Model
 from headway.probe.alignment import cross_maps
+from headway.text import EOS, Tokenizer, TokenizerSpec
 
 ATTENDING = ["conv", "rnn_attention", "transformer"]
 
@@ -115,3 +118,21 @@ def test_a_map_masks_what_the_mask_says() -> None:
         scores = (mixer.query(x) @ mixer.key_value(context)[..., :4].mT / 2.0)[..., [0, 2]]
     torch.testing.assert_close(found[0, 0][:, [0, 2]], scores[0].softmax(-1))
     assert not found[0, 0][:, [1, 3]].any()
+
+
+def test_an_answer_as_long_as_positions_reach_still_has_its_map() -> None:
+    """A model that never ends writes one token more than `max_tokens`; what it reads with BOS would be one beyond."""
+    source, target = Tokenizer.train(TokenizerSpec(), ["ab"]), Tokenizer.train(TokenizerSpec("whitespace"), ["A B"])
+    side = {"positions": {"name": "learned", "length": 13}}
+    spec = {**ARCHITECTURES["conv"], "source_vocab": source.vocab, "target_vocab": target.vocab}
+    net = models.build({**spec, **{name: {**spec[name], **side} for name in ("encoder", "decoder")}})
+    assert isinstance(net, Model)
+    with torch.no_grad():
+        net.head.bias[EOS], net.head.bias[5] = -1e4, 1e4
+    model = Loaded(net, spec, source, target, max_tokens=12)
+    assert len(model.generate(["ab"])[0].tokens) == 13
+    found = alignment(model, "ab")
+    assert found is not None
+    assert found["input"] == ["a", "b", "end"]
+    assert found["output"] == ["B"] * 12 + ["end"]
+    assert len(found["weights"]) == 13

@@ -213,16 +213,6 @@ def test_a_comparison_leaves_results_a_report_and_models_that_load(run: Headway,
     assert kept["models"] == results["models"]
 
 
-def test_answers_as_long_as_positions_reach_still_have_their_alignments(run: Headway, tmp_path: Path) -> None:
-    """An untrained model seldom ends; the last position it reads must not be one beyond the last there is."""
-    short = {"name": "learned", "length": 13}
-    conv = ARCHITECTURES["conv"]
-    model = {**conv, **{side: {**conv[side], "positions": short} for side in ("encoder", "decoder")}}
-    recipe = write_recipe(tmp_path, model=None, models={"conv": {"model": model}}, max_tokens=12)
-    done = run("compare", recipe, "--out", tmp_path / "out", "--set", "budget.steps=1", "--set", "optimizer.lr=1e-9")
-    assert done.code == 0, done.err
-
-
 def test_a_fault_in_the_last_model_is_found_before_the_first_is_trained(run: Headway, tmp_path: Path) -> None:
     wrong = {**ARCHITECTURES["rnn"], "encoder": {"blocks": [{"mixer": {"name": "rmn"}}]}}
     models = {"good": {"model": ARCHITECTURES["rnn"]}, "wrong": {"model": wrong}}

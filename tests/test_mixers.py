@@ -211,7 +211,7 @@ def test_a_summary_is_the_two_ends_of_the_context() -> None:
         ("attention", {"heads": 3}, "width 8 is no multiple of 3 heads"),
         ("attention", {"heads": 4, "kv_heads": 3}, "4 heads do not share 3 kv_heads"),
         ("attention", {"heads": 4, "sinks": 2}, "add window="),
-        ("conv", {"kernel": 0}, "not 0 and 1"),
+        ("conv", {"kernel": 3, "dilation": 10**6}, "reaches over 65536 tokens"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(name: str, options: dict[str, Any], words: str) -> None:
@@ -247,8 +247,7 @@ def test_a_state_of_another_kind_is_refused(name: str) -> None:
     ],
 )
 def test_attention_streams_nothing_that_would_see_tokens_yet_to_come(mask: Mask, words: str) -> None:
-    mixer = made("attention", heads=2)
-    x = torch.randn(2, 2, mixer.width)
+    mixer, x = made("attention", heads=2), tokens(2)
     with pytest.raises(ValueError, match=words):
         mixer(x, mask=mask, pos=torch.arange(2).expand(2, -1), state=mixer.init_state(2, 2))
     whole = torch.cat([x, x], 1)
@@ -259,10 +258,4 @@ def test_attention_streams_nothing_that_would_see_tokens_yet_to_come(mask: Mask,
 def test_a_size_that_no_model_has_is_refused_by_its_name(size: int) -> None:
     for name, option in (("attention", "heads"), ("rnn", "hidden"), ("conv", "kernel"), ("conv", "dilation")):
         with pytest.raises(ValueError, match=f"mixer {name}: .* at `{option}`"):
-            mixers.build({"name": name, "heads": 2} | {option: size} if name == "attention" else {"name": name, option: size},
-                         8, Positions())  # fmt: skip
-
-
-def test_a_kernel_that_reaches_too_far_is_refused() -> None:
-    with pytest.raises(ValueError, match="reaches over 65536 tokens"):
-        mixers.build({"name": "conv", "kernel": 3, "dilation": 10**6}, 8, Positions())
+            made(name, **{option: size})

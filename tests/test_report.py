@@ -441,7 +441,7 @@ def test_report_is_written_whole_or_not_at_all(
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ValueError, match="disk full"):
         write_report(results | {"title": "another"}, path)
     assert path.read_text("utf-8") == before
     assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import Tensor
 from headway.data.batches import collate
 from headway.data.sources import DataSpec, load_splits
 from headway.generate.search import Found, beam, greedy
-from headway.models.seq2seq import Model
+from headway.models.seq2seq import Memory, Model
+from headway.state import Recurrent
 from headway.text import BOS, EOS, PAD
 
 LIMIT = 24
@@ -170,6 +172,41 @@ def test_all_beginnings_kept_find_the_likeliest_answer_of_all(trained: Trained) 
     both[EOS] = first[EOS]  # it has ended: nothing follows, and its length is one
     (found,) = beam(trained.net, source, beams=vocab, limit=2)
     assert found.log_probability / min(len(found.ids) + 1, 2) == pytest.approx(float(both.max()), abs=1e-4)
+
+
+class Scripted(Model):
+    """Says what it is told: the shares of the next tokens behind each beginning, the rest spread over all others."""
+
+    def __init__(self, vocab: int, shares: dict[tuple[int, ...], dict[int, float]]) -> None:
+        torch.nn.Module.__init__(self)
+        self.vocab, self.shares = vocab, shares
+
+    def encode(self, source: Tensor, valid: Tensor | None = None) -> Memory:
+        return Memory(torch.zeros(len(source), 1, 1), None)
+
+    def init_state(self, batch: int, capacity: int) -> list:
+        return [(Recurrent(torch.zeros(batch, 0, dtype=torch.long)), None)]
+
+    def decode(self, target: Tensor, memory: Memory, *, pos: Tensor, state: list) -> Tensor:  # type: ignore[override]
+        heard = state[0][0]
+        heard.tensors = (torch.cat([heard.tensors[0], target], 1),)
+        rows = []
+        for beginning in heard.tensors[0].tolist():
+            told = self.shares.get(tuple(beginning[1:]), {})
+            rest = (1 - sum(told.values())) / (self.vocab - len(told))
+            rows.append([told.get(token, rest) for token in range(self.vocab)])
+        return torch.tensor(rows).log()[:, None]
+
+
+def test_a_beginning_is_kept_by_its_score_a_token_not_by_its_sum() -> None:
+    """The short answer has the larger sum at every step, so that by sums the best of all would be dropped."""
+    a, x, y = 4, 5, 6
+    net = Scripted(50, {(): {EOS: 0.45, a: 0.54}, (a,): {x: 0.5, y: 0.47}, (a, y): {EOS: 0.99}})
+    (found,) = beam(net, torch.tensor([[a, EOS]]), beams=2, limit=6)
+    assert found.ids == [a, y]
+    assert found.log_probability == pytest.approx(math.log(0.54 * 0.47 * 0.99), abs=1e-5)
+    (by_sum,) = beam(net, torch.tensor([[a, EOS]]), beams=2, limit=6, penalty=0.0)
+    assert by_sum.ids == []
 
 
 def test_rows_that_leave_the_batch_early_change_nothing(trained: Trained) -> None:

@@ -123,3 +123,17 @@ def test_only_our_own_files_load(tmp_path: Path) -> None:
 def test_a_vocabulary_size_is_refused_where_none_is_taken() -> None:
     with pytest.raises(ValueError, match="vocab is for bpe only"):
         TokenizerSpec("whitespace", vocab=300)
+
+
+def test_a_file_from_elsewhere_can_neither_cut_nor_stretch_a_text(tmp_path: Path) -> None:
+    tokenizer, path = Tokenizer.train(TokenizerSpec(), ["abc"]), tmp_path / "tokenizer.json"
+    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+    cut = {"max_length": 1, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    path.write_text(json.dumps(tokenizer.record() | {"padding": padding, "truncation": cut}), "utf-8")
+    assert Tokenizer.load(path).encode("abc") == tokenizer.encode("abc")
+    record = tokenizer.record()
+    record["model"]["vocab"]["a"] = 400
+    path.write_text(json.dumps(record), "utf-8")
+    with pytest.raises(ValueError, match="an id lies beyond its 7 tokens"):
+        Tokenizer.load(path)

@@ -149,8 +149,8 @@ class Stack(nn.Module):
 
     def __init__(self, spec: StackSpec, width: int, dropout: float = 0.0) -> None:
         super().__init__()
-        if not spec.blocks or spec.repeat < 1:
-            raise ValueError(f"a stack has one block or more; this one has {len(spec.blocks)} repeated {spec.repeat}x")
+        if not spec.blocks:
+            raise ValueError("a stack has one block or more, and this one has none: give it `blocks`")
         if (depth := len(spec.blocks) * spec.repeat) > DEEPEST:
             raise ValueError(f"a stack has at most {DEEPEST} blocks; this one has {depth}")
         blocks = spec.blocks * spec.repeat

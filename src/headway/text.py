@@ -35,6 +35,8 @@ class Tokenizer:
 
     def __init__(self, core: "tokenizers.Tokenizer") -> None:
         core.encode_special_tokens = True  # "<eos>" in a text is text; the JSON file does not keep this switch
+        core.no_truncation()  # that of a file from elsewhere would cut or stretch a text without a word
+        core.no_padding()
         self._core = core
 
     @property
@@ -77,6 +79,10 @@ class Tokenizer:
         first = [core.id_to_token(i) for i in range(len(SPECIALS))]
         if first != SPECIALS:
             raise ValueError(f"{path}: its first ids are {first}, not {SPECIALS}; it was not saved by headway")
+        if max(core.get_vocab().values()) >= core.get_vocab_size():
+            raise ValueError(
+                f"{path}: an id lies beyond its {core.get_vocab_size()} tokens; not saved by headway"
+            )
         return cls(core)
 
     @classmethod

@@ -43,8 +43,6 @@ class Conv(Mixer):
         gated: bool = True,
     ) -> None:
         super().__init__()
-        if kernel < 1 or dilation < 1:
-            raise ValueError(f"conv: kernel and dilation are 1 or more, not {kernel} and {dilation}")
         if (kernel - 1) * dilation > LONGEST:  # no weight's shape tells it
             raise ValueError(f"conv: kernel {kernel}, dilation {dilation}: reaches over {LONGEST} tokens")
         self.width, self.kernel, self.dilation, self.depthwise, self.gated = width, kernel, dilation, depthwise, gated
