@@ -1,7 +1,7 @@
 """Quality: the longer built-in recipe (`headway train pronounce`) beside Phonetisaurus, on the same split.
 
 Phonetisaurus is trained here on the very training pairs. Ours is trained in `runs/pronounce` if it is not there yet
-(about an hour on two cores; a stopped run goes on), then both answer the same test words.
+(a stopped run goes on), then both answer the same test words.
 """
 
 from __future__ import annotations

@@ -316,7 +316,7 @@ def mistake(done: Outcome, words: str) -> None:
         (["model.dropout=2"], "dropout"),
         (["model=null"], "either `model`"),
         (["objective.name=seq"], "no objective 'seq'"),
-        (["optimizer.lr=-1"], "learning rate"),
+        (["optimizer.lr=-1"], "optimizer.lr"),
         (["max_tokens=3"], "raise max_tokens"),
         (["batch_tokens=5"], "tokens"),
         (["data.source=nothing.tsv"], "nothing.tsv"),

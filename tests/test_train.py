@@ -25,7 +25,7 @@ import headway
 from headway import objectives
 from headway.data.batches import IGNORE, Batch
 from headway.recipe import OptimizerSpec, Recipe, read
-from headway.train import Interrupted, checkpoint, open_run
+from headway.train import Interrupted, check_run, checkpoint, open_run
 from headway.train.loop import Status, Trainer
 from headway.train.optim import build_optimizers, set_rate
 
@@ -255,25 +255,31 @@ def recipe_for(pairs: Path, **changed: Any) -> Recipe:
     return read(task(pairs, **changed))
 
 
+def begin(folder: Path, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Path:
+    check_run(folder, recipe, resume=resume, overwrite=overwrite)
+    open_run(folder, recipe, overwrite=overwrite)
+    return folder
+
+
 def test_an_old_run_is_not_written_over_unasked(pairs: Path, tmp_path: Path) -> None:
-    folder = open_run(tmp_path / "run", recipe_for(pairs), resume=False, overwrite=False)
+    folder = begin(tmp_path / "run", recipe_for(pairs))
     (folder / "log.jsonl").write_text("{}\n", "utf-8")
     with pytest.raises(ValueError, match="--resume goes on with it, --overwrite starts anew"):
-        open_run(folder, recipe_for(pairs), resume=False, overwrite=False)
+        begin(folder, recipe_for(pairs))
     assert (folder / "log.jsonl").is_file()
-    open_run(folder, recipe_for(pairs), resume=True, overwrite=False)
+    begin(folder, recipe_for(pairs), resume=True)
     assert (folder / "log.jsonl").is_file()
-    open_run(folder, recipe_for(pairs), resume=False, overwrite=True)
+    begin(folder, recipe_for(pairs), overwrite=True)
     assert not (folder / "log.jsonl").exists()
 
 
-@pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True)])
 def test_a_folder_that_holds_no_run_is_never_removed(
     pairs: Path, tmp_path: Path, resume: bool, overwrite: bool
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work", "utf-8")
     with pytest.raises(ValueError, match="holds no run, so it is left alone"):
-        open_run(tmp_path, recipe_for(pairs), resume=resume, overwrite=overwrite)
+        begin(tmp_path, recipe_for(pairs), resume=resume, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -284,10 +290,30 @@ def test_a_run_that_never_began_is_in_nobodys_way(pairs: Path, tmp_path: Path) -
     headway.train(task(pairs, budget={"steps": 1}), out=tmp_path / "run")
 
 
+def test_a_mistake_costs_no_old_run(pairs: Path, tmp_path: Path) -> None:
+    headway.train(task(pairs, budget={"steps": 1}), out=tmp_path / "run")
+    with pytest.raises(ValueError, match="raise max_tokens"):
+        headway.train(task(pairs, max_tokens=3), out=tmp_path / "run", overwrite=True)
+    assert headway.load(tmp_path / "run").generate(["a"])
+    with pytest.raises(ValueError, match="choose one"):
+        headway.train(task(pairs, budget={"steps": 1}), out=tmp_path / "run", resume=True, overwrite=True)
+
+
+def test_going_on_with_other_data_is_refused(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs.tsv")
+    recipe = task(pairs, budget={"steps": 5})
+    with pytest.raises(Interrupted):
+        headway.train(recipe, out=tmp_path / "run", watch=lambda name, status: os.kill(os.getpid(), signal.SIGINT))
+    lines = pairs.read_text("utf-8").splitlines(keepends=True)
+    pairs.write_text("".join([lines[0], *reversed(lines[1:])]), "utf-8")
+    with pytest.raises(ValueError, match="other data"):
+        headway.train(recipe, out=tmp_path / "run", resume=True)
+
+
 def test_a_file_is_no_folder_for_a_run(pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", "utf-8")
     with pytest.raises(ValueError, match="cannot be the folder of a run"):
-        open_run(tmp_path / "file", recipe_for(pairs), resume=False, overwrite=False)
+        begin(tmp_path / "file", recipe_for(pairs))
 
 
 def test_going_on_with_another_recipe_is_refused(pairs: Path, tmp_path: Path) -> None:
@@ -390,7 +416,7 @@ def test_a_loss_that_is_no_number_ends_in_one_line(pairs: Path, tmp_path: Path, 
     [
         ({"model": {**ARCHITECTURES["conv"], "width": 0}}, "width"),
         ({"max_tokens": 64, "model": ARCHITECTURES["conv"]}, "learned positions end at 64"),
-        ({"optimizer": {"lr": -1.0}}, "learning rate"),
+        ({"optimizer": {"lr": -1.0}}, r"> 0.0 at `optimizer.lr`"),
         ({"objective": {"name": "seq2seq", "smoothing": 2.0}}, "objective.smoothing"),
         ({"beams": 0}, "beams"),
         ({"evaluations": 0}, "evaluations"),

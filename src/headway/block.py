@@ -190,7 +190,7 @@ class Stack(nn.Module):
         return self.norm(x)
 
 
-def reorder(states: States, rows: Int[Tensor, "R"]) -> None:
+def reorder(states: States, rows: Int[Tensor, " R"]) -> None:
     """Reorders every state of a stack; cross states that were never written stay empty."""
     for pair in states:
         for state in pair:

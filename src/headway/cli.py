@@ -75,9 +75,15 @@ def train(
     folder = out or Path("runs") / chosen.name
     with Live() as live, _resumable(_command("train", recipe, set, out, plugin)):
         result = headway.train(
-            recipe, out=out, overrides=set or [], resume=resume, overwrite=overwrite, watch=live.watch
+            recipe,
+            out=out,
+            overrides=set or [],
+            resume=resume,
+            overwrite=overwrite,
+            watch=live.watch,
+            note=live.note,
         )
-    summary([result])
+    summary([result], chosen.data.source == "cmudict")
     typer.echo(f"\nUse it: headway run {folder} {_example(chosen.data.source)}")
 
 
@@ -125,7 +131,7 @@ def _compare(recipe: str, out: Path | None, resume: bool, overwrite: bool, set: 
             watch=live.watch,
             note=live.note,
         )
-    summary(results["models"])
+    summary(results["models"], results["data"]["source"] == "cmudict")
     winner = best(results)
     typer.echo(
         f"\nFewest errors: {winner['title']}. Report: {folder / 'report.html'}  Figures: {folder / 'results.json'}"

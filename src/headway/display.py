@@ -79,18 +79,24 @@ _COLUMNS = (
 )
 
 
-def summary(results: Sequence[dict[str, Any]]) -> None:
+def summary(results: Sequence[dict[str, Any]], phonemes: bool) -> None:
     """Two tables: what each model reached and cost, and its token error rate by length of the input."""
     best = {key: _best([r[key] for r in results], less) for key, _, _, less in _COLUMNS}
     rows = [[_marked(show(r[key]), i == best[key]) for key, _, show, _ in _COLUMNS] for i, r in enumerate(results)]
-    _print("model", [heading for _, heading, _, _ in _COLUMNS], results, rows)
+    names = {} if phonemes else {"PER": "token\nerrors", "WER": "wrong\nanswers"}
+    _print("model", [names.get(heading, heading) for _, heading, _, _ in _COLUMNS], results, rows)
     parts = range(len(results[0]["by_length"]))
     least = [_best([r["by_length"][part]["per"] for r in results], True) for part in parts]
     rows = [
         [_marked(f"{r['by_length'][part]['per']:.1%}", i == least[part]) for part in parts]
         for i, r in enumerate(results)
     ]
-    _print("PER by length of input", [row["bucket"] for row in results[0]["by_length"]], results, rows)
+    _print(
+        "PER by length of input" if phonemes else "token errors by length",
+        [row["bucket"] for row in results[0]["by_length"]],
+        results,
+        rows,
+    )
     if len(results) > 1:
         console.print("* best in its column", style="dim")
 

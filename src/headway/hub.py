@@ -20,11 +20,14 @@ from headway.models.seq2seq import Model
 from headway.store import check_fit, read_folder, write_folder
 from headway.text import UNK, Tokenizer
 
+MAX_TOKENS = 2**16  # the longest text any model here may claim to take
+
 
 class Generation(NamedTuple):
-    """One answer: its text, its tokens as text, and its log-probability in nats."""
+    """One answer: its text, its tokens as ids and as text, and its log-probability in nats."""
 
     text: str
+    ids: list[int]
     tokens: list[str]
     log_probability: float
 
@@ -54,8 +57,10 @@ class Loaded:
         """One answer for each text, greedy or by beam search; batching changes no answer."""
         if isinstance(texts, str):
             raise ValueError(f"generate takes a list of texts, not one: generate([{texts[:40]!r}])")
+        if batch < 1:
+            raise ValueError(f"generate: batch is 1 or more, not {batch}")
         texts = list(texts)
-        ids = [self._encode(text) for text in texts]
+        ids = [self.encode(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
         answers: dict[int, Generation] = {}
         for rows in (order[i : i + batch] for i in range(0, len(order), batch)):
@@ -69,7 +74,7 @@ class Loaded:
             else:
                 found = beam(self.net, source, valid, beams=beams, limit=limit)
             for i, (written, score) in zip(rows, found, strict=True):
-                answers[i] = Generation(self.target.decode(written), self.target.tokens(written), score)
+                answers[i] = Generation(self.target.decode(written), written, self.target.tokens(written), score)
         return [answers[i] for i in range(len(texts))]
 
     def unknown(self, text: str) -> list[str]:
@@ -92,7 +97,8 @@ class Loaded:
             {"spec": record, "source": self.source.record(), "target": self.target.record()},
         )
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """The ids the network reads, lowered where it learned from lower case alone."""
         ids = self.source.encode(text.lower() if self.lowercase else text)
         if not ids:
             raise ValueError("cannot answer an empty text: give at least one character")
@@ -114,8 +120,9 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Loaded
         if not isinstance(records.get(part), dict):
             raise ValueError(f"{folder / part}.json: missing or not an object; the folder is not a whole model")
     spec = records["spec"]
-    if not isinstance(spec.get("model"), dict) or not isinstance(spec.get("max_tokens"), int):
-        raise ValueError(f"{folder / 'spec.json'}: has no 'model' and 'max_tokens'; the folder is not a whole model")
+    limit = spec.get("max_tokens")
+    if not isinstance(spec.get("model"), dict) or type(limit) is not int or not 1 <= limit <= MAX_TOKENS:
+        raise ValueError(f"{folder / 'spec.json'}: has no 'model', or no 'max_tokens' from 1 to {MAX_TOKENS}")
     source, target = (Tokenizer.load(folder / f"{side}.json") for side in ("source", "target"))
     if (source.vocab, target.vocab) != (spec["model"].get("source_vocab"), spec["model"].get("target_vocab")):
         raise ValueError(f"{folder / 'source.json'}, target.json: not the tokenizers that spec.json was made with")

@@ -30,7 +30,7 @@ class FeedForward(nn.Module):
         return self.leave(activate(gate, self.activation) * h)
 
 
-def activate(x: Float[Tensor, "*S"], name: str) -> Float[Tensor, "*S"]:
+def activate(x: Float[Tensor, " *S"], name: str) -> Float[Tensor, " *S"]:
     """The elementwise functions a spec can name; `relu2` is relu squared (2109.08668)."""
     match name:
         case "gelu":
@@ -58,7 +58,7 @@ class Dropout(nn.Module):
             raise ValueError(f"dropout is a share from 0 to below 1, not {p}")
         self.p = p
 
-    def forward(self, x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    def forward(self, x: Float[Tensor, " *S"]) -> Float[Tensor, " *S"]:
         if not self.training or self.p == 0:
             return x
         dropped = min(max(round(256 * self.p), 1), 255)

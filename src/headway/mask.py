@@ -8,6 +8,7 @@ Written on positions rather than on indices, a mask stays right with a cache (SD
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
@@ -28,7 +29,7 @@ class Mask:
     """
 
     causal: bool = False
-    prefix: int | Int[Tensor, "B"] = 0
+    prefix: int | Int[Tensor, " B"] = 0
     window: tuple[int | None, int | None] | None = None
     sinks: int = 0
     globals: Bool[Tensor, "B N"] | None = None
@@ -70,7 +71,7 @@ class Mask:
             also=beside,
         )
 
-    @property
+    @cached_property
     def facts(self) -> frozenset[str]:
         """What this mask asks for, in the words of a mixer's `CAN`; known without looking at a tensor."""
         asked = {"causal" if self.causal else "bidirectional"}

@@ -77,13 +77,20 @@ class Rotary(Positions):
     def __init__(self, head_dim: int, base: float) -> None:
         super().__init__()
         self.register_buffer("rates", _rates(head_dim, base), persistent=False)
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
         self.rates: Tensor
 
     def rotate(self, x: Float[Tensor, "B H T D"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B H T D"]:
-        angles = pos[:, None, :, None].float() * self.rates
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = self._turns(pos, x.dtype)
         first, second = x.chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+    def _turns(self, pos: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of every angle; kept, because all layers of a call ask with the very same positions."""
+        if self._kept is None or self._kept[0] is not pos or self._kept[1].dtype != dtype:
+            angles = pos[:, None, :, None].float() * self.rates
+            self._kept = (pos, angles.cos().to(dtype), angles.sin().to(dtype))
+        return self._kept[1:]
 
 
 class Alibi(Positions):

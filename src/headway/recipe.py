@@ -6,6 +6,7 @@ be set from outside: `--set optimizer.lr=1e-3`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -18,6 +19,8 @@ from headway.spec import Strict, convert, nearest, number, override
 from headway.text import TokenizerSpec
 
 Positive = Annotated[int, Meta(ge=1)]
+Above0 = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Sides(Strict, frozen=True):
@@ -36,8 +39,10 @@ class Budget(Strict, frozen=True):
 
     def __post_init__(self) -> None:
         given = {key: value for key, value in self.asdict().items() if value is not None}
-        if len(given) != 1 or min(given.values()) <= 0:
-            raise ValueError(f"budget is one of seconds, steps or tokens, above 0; this one is {given or 'empty'}")
+        if len(given) != 1 or not all(0 < value < math.inf for value in given.values()):
+            raise ValueError(
+                f"budget is one of seconds, steps or tokens, finite and above 0; this one is {given or 'empty'}"
+            )
 
     def asdict(self) -> dict[str, float | int | None]:
         return {"seconds": self.seconds, "steps": self.steps, "tokens": self.tokens}
@@ -55,18 +60,19 @@ class Budget(Strict, frozen=True):
 class OptimizerSpec(Strict, frozen=True):
     """adamw (1711.05101), or muon: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest.
 
-    lr: of AdamW. matrix_lr: of Muon. warmup: steps to full rate. decay: the last share of the budget over which the
-    rate falls to zero, linearly (1: all of it). clip: largest norm of the gradient.
+    lr: of AdamW. matrix_lr: of Muon, unused by adamw. weight_decay: of matrices, times the rate. warmup: steps to full
+    rate. decay: the last share of the budget over which the rate falls to zero, linearly (1: all of it). clip: largest
+    norm of the gradient.
     """
 
     name: Literal["adamw", "muon"] = "muon"
-    lr: float = 5e-3
-    matrix_lr: float = 0.02
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    warmup: int = 100
-    decay: float = 1.0
+    lr: Above0 = 5e-3
+    matrix_lr: Above0 = 0.02
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.01
+    clip: Above0 = 1.0
+    warmup: Annotated[int, Meta(ge=0)] = 100
+    decay: Share = 1.0
 
 
 class Entry(Strict, frozen=True):
@@ -91,7 +97,7 @@ class Recipe(Strict, frozen=True):
     objective: dict[str, Any] = {}
     optimizer: OptimizerSpec = OptimizerSpec()
     batch_tokens: Positive = 4096
-    max_tokens: Positive = 64
+    max_tokens: Annotated[int, Meta(ge=1, le=2**16)] = 64
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: Annotated[int, Meta(ge=0, lt=2**23)] = 0
     evaluations: Positive = 20

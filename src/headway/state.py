@@ -22,7 +22,7 @@ class State(Protocol):
         """Bytes that the remembered tensors hold."""
         ...
 
-    def reorder(self, rows: Int[Tensor, "R"]) -> None:
+    def reorder(self, rows: Int[Tensor, " R"]) -> None:
         """Row i becomes what row `rows[i]` was; rows may repeat, and may be left out."""
         ...
 
@@ -72,7 +72,7 @@ class KeyValue:
     def nbytes(self) -> int:
         return _bytes(self.k, self.v, self.pos)
 
-    def reorder(self, rows: Int[Tensor, "R"]) -> None:
+    def reorder(self, rows: Int[Tensor, " R"]) -> None:
         if self.k is not None and self.v is not None and self.pos is not None:
             self.k, self.v, self.pos = self.k[rows], self.v[rows], self.pos[rows]
 
@@ -119,7 +119,7 @@ class Ring:
     def nbytes(self) -> int:
         return _bytes(self.k, self.v, self.pos)
 
-    def reorder(self, rows: Int[Tensor, "R"]) -> None:
+    def reorder(self, rows: Int[Tensor, " R"]) -> None:
         if self.k is not None and self.v is not None and self.pos is not None:
             self.k, self.v, self.pos = self.k[rows], self.v[rows], self.pos[rows]
 
@@ -137,7 +137,7 @@ class Cross:
     def nbytes(self) -> int:
         return _bytes(*self.kept)
 
-    def reorder(self, rows: Int[Tensor, "R"]) -> None:
+    def reorder(self, rows: Int[Tensor, " R"]) -> None:
         self.kept = tuple(tensor[rows] for tensor in self.kept)
 
     def rewind(self, length: int) -> None:
@@ -154,7 +154,7 @@ class Recurrent:
     def nbytes(self) -> int:
         return _bytes(*self.tensors)
 
-    def reorder(self, rows: Int[Tensor, "R"]) -> None:
+    def reorder(self, rows: Int[Tensor, " R"]) -> None:
         self.tensors = tuple(tensor[rows] for tensor in self.tensors)
 
     def rewind(self, length: int) -> None:

@@ -80,9 +80,7 @@ class Tokenizer:
         if first != SPECIALS:
             raise ValueError(f"{path}: its first ids are {first}, not {SPECIALS}; it was not saved by headway")
         if max(core.get_vocab().values()) >= core.get_vocab_size():
-            raise ValueError(
-                f"{path}: an id lies beyond its {core.get_vocab_size()} tokens; not saved by headway"
-            )
+            raise ValueError(f"{path}: an id lies beyond its {core.get_vocab_size()} tokens; not saved by headway")
         return cls(core)
 
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +20,7 @@ from headway.probe.alignment import cross_maps
 from headway.recipe import Recipe
 from headway.store import write_text
 from headway.text import BOS, EOS
-from headway.train import Watch, open_run, rehearse, run_entry
+from headway.train import Watch, check_run, open_run, rehearse, run_entry
 from headway.train.data import Prepared, prepare
 from headway.train.evaluate import Scored
 
@@ -48,17 +49,19 @@ def compare(
 
     for name in read.models:
         safe_name(name)
-    folder = open_run(Path(out or Path("runs") / safe_name(read.name)), read, resume=resume, overwrite=overwrite)
+    folder = Path(out or Path("runs") / safe_name(read.name))
+    check_run(folder, read, resume=resume, overwrite=overwrite)
     note(f"reading {read.data.source} and training its tokenizers")
     prepared = prepare(read)
     for line in prepared.splits.notes:
         note(line)
     for entry in read.models.values():
         rehearse(read, entry, prepared)
-    results = _head(read, prepared)
+    open_run(folder, read, overwrite=overwrite)
+    results = _head(read, prepared, _command(recipe, overrides))
     inputs = _samples(prepared, read)
     for name, entry in read.models.items():
-        result, _ = run_entry(
+        result = run_entry(
             read, name, entry, prepared, folder / name, resume=resume, watch=watch,
             after=lambda model, scored: _look(model, scored, inputs),
         )  # fmt: skip
@@ -73,13 +76,13 @@ def best(results: dict[str, Any]) -> dict[str, Any]:
     return min(results["models"], key=lambda model: (model["wer"], model["per"]))
 
 
-def _head(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+def _head(recipe: Recipe, prepared: Prepared, command: str) -> dict[str, Any]:
     splits = prepared.splits
     return {
         "name": recipe.name,
         "title": recipe.title or recipe.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"headway compare {recipe.name}" if recipe.name != "demo" else "headway demo",
+        "command": command,
         "hardware": hardware(),
         "versions": versions(),
         "budget": {key: value for key, value in recipe.budget.asdict().items() if value is not None},
@@ -95,6 +98,13 @@ def _head(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def _command(recipe: str | Path | dict[str, Any], overrides: Sequence[str]) -> str:
+    """What to type to run it again; a recipe given as a dict stands in the run's recipe.json."""
+    source = "runs/.../recipe.json" if isinstance(recipe, dict) else str(recipe)
+    words = ["headway", "compare", source, *(word for one in overrides for word in ("--set", one))]
+    return shlex.join(words)
+
+
 def _samples(prepared: Prepared, recipe: Recipe) -> list[str]:
     """A fixed dozen of test inputs, spread over their lengths: chosen by hash, not by how well they go."""
     texts = {text for text, _ in prepared.splits.test or prepared.splits.valid}
@@ -108,7 +118,7 @@ def _look(model: Loaded, scored: list[Scored], inputs: list[str]) -> dict[str, A
     """What the report shows of one model: its answers to the sample inputs, and where it looked."""
     found = {s.input: s for s in scored}
     samples = [
-        {"input": s.input, "expected": s.expected, "predicted": s.predicted, "correct": s.predicted in s.expected}
+        {"input": s.input, "expected": s.expected, "predicted": s.predicted, "correct": s.edits == 0}
         for s in (found[text] for text in inputs if text in found)
     ]
     shown = inputs[len(inputs) // 4 :: max(1, len(inputs) // ALIGNED)][:ALIGNED]
@@ -117,8 +127,8 @@ def _look(model: Loaded, scored: list[Scored], inputs: list[str]) -> dict[str, A
 
 def alignment(model: Loaded, text: str) -> dict[str, Any] | None:
     """Where the last attending block looked while the model wrote its own answer, averaged over heads."""
-    ids = model.source.encode(text)
-    answer = model.target.encode(model.generate([text])[0].text)[: model.max_tokens]  # what positions reach
+    ids = model.encode(text)
+    answer = model.generate([text])[0].ids[: model.max_tokens]  # what positions reach
     device = next(model.net.parameters()).device
     maps = cross_maps(
         model.net, torch.tensor([[*ids, EOS]], device=device), torch.tensor([[BOS, *answer]], device=device)

@@ -24,10 +24,10 @@ from headway.recipe import Entry, Recipe
 from headway.store import read_json, write_text
 from headway.train.data import Prepared, prepare
 from headway.train.evaluate import Scored, by_length, evaluate, rates
-from headway.train.loop import Interrupted, Status, Trainer
+from headway.train.loop import Interrupted, Status, Trainer, with_vocabularies
 from headway.train.optim import build_optimizers
 
-__all__ = ["Interrupted", "Status", "open_run", "rehearse", "run_entry", "train"]
+__all__ = ["Interrupted", "Status", "check_run", "open_run", "rehearse", "run_entry", "train"]
 
 Watch = Callable[[str, Status], None]
 
@@ -40,6 +40,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     watch: Watch = lambda name, status: None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Trains the one model of a recipe in `out` (default `runs/NAME`) and returns what it reached and cost.
 
@@ -48,43 +49,57 @@ def train(
     read = recipes.read(recipe, overrides)
     if read.model is None:
         raise ValueError(f"recipe {read.name} has several models: use headway compare, or set `model`")
-    folder = open_run(Path(out or Path("runs") / safe_name(read.name)), read, resume=resume, overwrite=overwrite)
+    folder = Path(out or Path("runs") / safe_name(read.name))
+    check_run(folder, read, resume=resume, overwrite=overwrite)
+    note(f"reading {read.data.source} and training its tokenizers")
     entry, prepared = Entry(model=read.model), prepare(read)
+    for line in prepared.splits.notes:
+        note(line)
     rehearse(read, entry, prepared)
-    result, _ = run_entry(read, "model", entry, prepared, folder, resume=resume, watch=watch)
-    return result
+    open_run(folder, read, overwrite=overwrite)
+    return run_entry(read, "model", entry, prepared, folder, resume=resume, watch=watch)
 
 
-def open_run(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
-    """A folder for a run. An old run is never written over unasked, and resumed only with its own recipe."""
-    record = msgspec.json.decode(msgspec.json.encode(recipe))  # lists for tuples, as the file will give it back
+def check_run(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+    """An old run is never written over unasked, and resumed only with its own recipe. Nothing is touched yet."""
+    if resume and overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite removes it: choose one")
     path = folder / "recipe.json"
     if folder.is_dir() and any(file != path for file in folder.iterdir()):  # a recipe alone is a run that never began
         if not path.is_file():
             raise ValueError(f"{folder}: is not empty and holds no run, so it is left alone; choose another --out")
         if not (resume or overwrite):
             raise ValueError(f"{folder}: holds a run; --resume goes on with it, --overwrite starts anew")
-        if resume and read_json(path, dict) != record:
+        if resume and read_json(path, dict) != _record(recipe):
             raise ValueError(f"{path}: the run there has another recipe; resume with that one, or choose another --out")
-        if not resume:
-            shutil.rmtree(folder)
+
+
+def open_run(folder: Path, recipe: Recipe, *, overwrite: bool) -> None:
+    """The folder of a run that `check_run` allowed: an old one goes only now, when the new one is known to train."""
+    if overwrite and (folder / "recipe.json").is_file():
+        shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be the folder of a run ({error.strerror}); choose another --out") from None
-    write_text(path, json.dumps(record, indent=1))
-    return folder
+    write_text(folder / "recipe.json", json.dumps(_record(recipe), indent=1))
+
+
+def _record(recipe: Recipe) -> dict[str, Any]:
+    """Lists for tuples, as the file will give it back."""
+    return msgspec.json.decode(msgspec.json.encode(recipe))
 
 
 @torch.no_grad()
 def rehearse(recipe: Recipe, entry: Entry, prepared: Prepared) -> None:
     """Builds a model and shows it the longest texts it may meet: a mistake costs a second and no training."""
-    net = models.build({**entry.model, "source_vocab": prepared.source.vocab, "target_vocab": prepared.target.vocab})
+    net = models.build(with_vocabularies(entry.model, prepared))
+    if not isinstance(net, Model):
+        raise ValueError(f"model.kind: '{entry.model.get('kind')}' cannot be trained on pairs; only seq2seq can")
     build_optimizers(net, entry.optimizer or recipe.optimizer)
     longest = torch.zeros(1, recipe.max_tokens + 1, dtype=torch.long)  # and the end
     objectives.build(recipe.objective)(net, Batch(longest, None, longest, longest, tokens=longest.numel()))
-    if isinstance(net, Model):
-        greedy(net.eval(), longest, limit=2)
+    greedy(net.eval(), longest, limit=2)
 
 
 def run_entry(
@@ -97,11 +112,11 @@ def run_entry(
     resume: bool = False,
     watch: Watch = lambda name, status: None,
     after: Callable[[Loaded, list[Scored]], dict[str, Any]] = lambda model, scored: {},
-) -> tuple[dict[str, Any], Loaded | None]:
+) -> dict[str, Any]:
     """Trains and tests one model; `after` may add to the result. A finished one is not trained again on resume."""
     done = folder / "result.json"
     if resume and done.is_file():
-        return read_json(done, dict), None
+        return read_json(done, dict)
     folder.mkdir(parents=True, exist_ok=True)
     peak = Peak()
     trainer = Trainer(
@@ -126,6 +141,7 @@ def run_entry(
         "per": found.per,
         "wer": found.wer,
         "test_words": found.words,
+        "tested_on": "test" if prepared.splits.test else "valid",
         "decode_words_per_second": speed,
         "beams": recipe.beams,
         "peak_memory_bytes": memory,
@@ -140,7 +156,7 @@ def run_entry(
     }
     model.save(folder / "model")
     write_text(done, json.dumps(result, indent=1))
-    return result, model
+    return result
 
 
 def _test_references(recipe: Recipe, prepared: Prepared) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ class Prepared:
     batches: Batches
     valid: list[Batch]
     curve: list[Batch]
+    fingerprint: str  # of everything that is trained on
     lowercase: bool  # no training input has an upper-case letter, so a user's is lowered too
 
 
@@ -46,6 +48,7 @@ def prepare(recipe: Recipe) -> Prepared:
         Batches(train, tokens=recipe.batch_tokens, seed=recipe.seed),
         _in_batches(valid, recipe.batch_tokens),
         _in_batches(valid[:: max(1, len(valid) // VALID_PAIRS)], recipe.batch_tokens),
+        fingerprint=hashlib.sha256(repr((train, valid)).encode()).hexdigest(),
         lowercase=all(text == text.lower() for text, _ in splits.train),
     )
 

@@ -7,7 +7,7 @@ error rate is the sum of edit distances over the sum of the lengths of those nea
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from headway.hub import Loaded
@@ -52,7 +52,7 @@ def rates(scored: Sequence[Scored]) -> Rates:
     """Token and sequence error rates over all of `scored`."""
     if not scored:
         return Rates(float("nan"), float("nan"), 0)
-    wrong = sum(s.predicted not in s.expected for s in scored)
+    wrong = sum(s.edits > 0 for s in scored)
     return Rates(sum(s.edits for s in scored) / max(1, sum(s.length for s in scored)), wrong / len(scored), len(scored))
 
 
@@ -82,7 +82,6 @@ def evaluate(
     *,
     beams: int = 1,
     batch: int = 256,
-    watch: Callable[[float], None] = lambda share: None,
 ) -> tuple[list[Scored], float]:
     """Writes an answer for every input; returns the scores and the inputs answered a second."""
     inputs = sorted(references, key=lambda text: (len(text), text))
@@ -91,7 +90,6 @@ def evaluate(
     for i in range(0, len(inputs), 4 * batch):
         chunk = inputs[i : i + 4 * batch]
         answers += [g.text for g in model.generate(chunk, beams=beams, batch=batch)]
-        watch(len(answers) / len(inputs))
     seconds = time.perf_counter() - began
     scored = [score(text, references[text], answer, kind) for text, answer in zip(inputs, answers, strict=True)]
     return scored, len(inputs) / seconds

@@ -79,7 +79,7 @@ class Trainer:
         watch: Callable[[Status], None] = lambda status: None,
     ) -> None:
         self.recipe, self.prepared, self.folder, self.watch = recipe, prepared, folder, watch
-        self.spec = {**model, "source_vocab": prepared.source.vocab, "target_vocab": prepared.target.vocab}
+        self.spec = with_vocabularies(model, prepared)
         torch.manual_seed(recipe.seed)
         self.device = machine.device()
         self.model = models.build(self.spec).to(self.device)
@@ -204,7 +204,11 @@ class Trainer:
                 "best": self.best,
                 "optimizer": checkpoint.optimizer_tensors(self.optimizers),
             },
-            {"progress": {**vars(self.progress), "loss": self.loss}, "spec": self.spec},
+            {
+                "progress": {**vars(self.progress), "loss": self.loss},
+                "spec": self.spec,
+                "data": self.prepared.fingerprint,
+            },
         )
         checkpoint.prune(folder, KEPT)
 
@@ -217,6 +221,8 @@ class Trainer:
         tensors, records = read_folder(found)
         if records["spec"] != self.spec:
             raise ValueError(f"{found}: was made by another model spec; resume with the recipe it began with")
+        if records["data"] != self.prepared.fingerprint:
+            raise ValueError(f"{found}: was made from other data than {self.recipe.data.source} holds now; start anew")
         restore_model(self.model, tensors["model"], found)
         checkpoint.restore_optimizers(self.optimizers, tensors["optimizer"])
         self.best = tensors["best"]
@@ -232,6 +238,15 @@ class Trainer:
             return
         lines = path.read_text("utf-8").splitlines(keepends=True)
         path.write_text("".join(lines[: self.progress.step]), "utf-8")
+
+
+def with_vocabularies(model: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
+    """The model's spec with the sizes that the tokenizers turned out to have."""
+    found = {"source_vocab": prepared.source.vocab, "target_vocab": prepared.target.vocab}
+    for key, size in found.items():
+        if model.get(key) not in (None, 0, size):
+            raise ValueError(f"model.{key} is {model[key]}, and the tokenizer has {size}: leave it out")
+    return {**model, **found}
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
