@@ -8,10 +8,10 @@ from __future__ import annotations
 import importlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -68,21 +68,13 @@ def train(
         return
     _import(plugin)
     import headway
-    from headway.display import Live, summary
+    from headway.display import summary
     from headway.recipe import read
 
     chosen = read(recipe, set or [])
     folder = out or Path("runs") / chosen.name
-    with Live() as live, _resumable(_command("train", recipe, set, out, plugin)):
-        result = headway.train(
-            recipe,
-            out=out,
-            overrides=set or [],
-            resume=resume,
-            overwrite=overwrite,
-            watch=live.watch,
-            note=live.note,
-        )
+    again = _command("train", recipe, set, out, plugin)
+    result = _watched(headway.train, recipe, out, resume, overwrite, set, again)
     summary([result], chosen.data.source == "cmudict")
     typer.echo(f"\nUse it: headway run {folder} {_example(chosen.data.source)}")
 
@@ -117,12 +109,33 @@ def run(
 def _compare(recipe: str, out: Path | None, resume: bool, overwrite: bool, set: list[str] | None, again: str) -> None:
     import headway
     from headway.compare import best
-    from headway.display import Live, summary
+    from headway.display import summary
     from headway.recipe import read
 
     folder = out or Path("runs") / read(recipe, set or []).name
+    results = _watched(headway.compare, recipe, out, resume, overwrite, set, again)
+    summary(results["models"], results["data"]["source"] == "cmudict")
+    winner = best(results)
+    typer.echo(
+        f"\nFewest errors: {winner['title']}. Report: {folder / 'report.html'}  Figures: {folder / 'results.json'}"
+    )
+    typer.echo(f"Use it: headway run {folder / winner['name']} {_example(results['data']['source'])}")
+
+
+def _watched(
+    action: Callable[..., dict[str, Any]],
+    recipe: str,
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    set: list[str] | None,
+    again: str,
+) -> dict[str, Any]:
+    """Runs `headway.train` or `headway.compare` under live bars; `again` is the command that resumes it."""
+    from headway.display import Live
+
     with Live() as live, _resumable(again):
-        results = headway.compare(
+        return action(
             recipe,
             out=out,
             overrides=set or [],
@@ -131,12 +144,6 @@ def _compare(recipe: str, out: Path | None, resume: bool, overwrite: bool, set: 
             watch=live.watch,
             note=live.note,
         )
-    summary(results["models"], results["data"]["source"] == "cmudict")
-    winner = best(results)
-    typer.echo(
-        f"\nFewest errors: {winner['title']}. Report: {folder / 'report.html'}  Figures: {folder / 'results.json'}"
-    )
-    typer.echo(f"Use it: headway run {folder / winner['name']} {_example(results['data']['source'])}")
 
 
 @contextmanager

@@ -51,7 +51,6 @@ class Status:
     loss: float
     tokens_per_second: float
     seconds_left: float
-    valid_loss: float | None
 
 
 @dataclass
@@ -157,9 +156,8 @@ class Trainer:
     def _status(self) -> Status:
         spent, fraction = self.progress.seconds, self._fraction()
         left = spent / fraction - spent if fraction else math.inf
-        valid = self.progress.curve[-1]["valid_loss"] if self.progress.curve else None
         speed = self.progress.tokens / max(spent, 1e-9)
-        return Status(self.progress.step, fraction, self.loss, speed, left, valid)
+        return Status(self.progress.step, fraction, self.loss, speed, left)
 
     def _evaluate(self) -> None:
         """One point of the learning curve; the best weights so far are kept."""
