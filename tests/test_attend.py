@@ -1,14 +1,20 @@
 """Every backend of attention equals its definition, gradients included; what nobody may see never leaks."""
 
+import re
+
 import pytest
 import torch
 from drawn import masks
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from headway.attend import BACKENDS, attend, explain, weights
+from headway import kernels, mixers
+from headway.attend import attend, call_of, explain, explain_layers, forced, listening, weights
 from headway.mask import Mask
+from headway.positions import Positions
+
+BACKENDS = ["reference", *kernels.names()]
 
 
 def by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
@@ -49,6 +55,8 @@ def calls(draw: st.DrawFn) -> dict:
         call["bias"] = make(*draw(st.sampled_from([(rows, count), (1, count), (rows, 1), (1, 1)])), queries, keys)
     if draw(st.booleans()):
         call["scale"] = 0.3
+    if draw(st.booleans()):
+        call["softcap"] = 0.7
     return call
 
 
@@ -64,7 +72,12 @@ def test_every_backend_equals_the_reference_with_its_gradients(call: dict) -> No
 
     expected = run("reference")
     for backend in [*BACKENDS, None]:
-        for got, want in zip(run(backend), expected, strict=True):
+        try:
+            found = run(backend)
+        except ValueError as error:  # what it cannot do it says, and names those that can
+            assert re.search(rf"{backend} cannot: .+; .*reference.* can$", str(error))
+            continue
+        for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
@@ -173,7 +186,7 @@ def test_a_call_that_means_nothing_is_refused(
 
 def test_a_backend_that_is_not_there_is_refused_with_those_that_are() -> None:
     q = heads(1, 1, 2)
-    with pytest.raises(ValueError, match="no backend 'flash'; there is reference, sdpa"):
+    with pytest.raises(ValueError, match=r"no backend 'flash'; there is reference, .*sdpa"):
         attend(q, q, q, backend="flash")
 
 
@@ -188,7 +201,7 @@ def test_a_backend_that_is_not_there_is_refused_with_those_that_are() -> None:
         (Mask(causal=True, valid=torch.ones(1, 4, dtype=torch.bool)), True, False),
     ],
 )
-def test_explain_tells_how_the_mask_is_lowered(
+def test_explain_tells_how_sdpa_lowers_the_mask(
     mask: Mask, positions: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: dict = {}
@@ -196,8 +209,44 @@ def test_explain_tells_how_the_mask_is_lowered(
     spy = lambda q, k, v, **options: taken.update(options) or kernel(q, k, v, **options)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", spy)
     q, at = heads(1, 1, 4), torch.arange(4)[None] if positions else None
-    attend(q, q, q, mask, q_pos=at, k_pos=at, bias=torch.zeros(1, 1, 4, 4) if bias else None)
-    said = explain(mask, positions=positions, bias=bias)
-    assert ("dense mask" in said) == (taken.get("attn_mask") is not None)
+    given = {"q_pos": at, "k_pos": at, "bias": torch.zeros(1, 1, 4, 4) if bias else None}
+    attend(q, q, q, mask, **given, backend="sdpa")
+    said = kernels.find("sdpa").pays(call_of(q, q, q, mask, **given))
+    assert ("dense" in said) == (taken.get("attn_mask") is not None)
     assert ("is_causal" in said) == bool(taken.get("is_causal"))
-    assert all(fact in said for fact in mask.facts if "dense" in said)
+    assert all(fact in said for fact in mask.facts - {"bidirectional"} if "dense" in said)
+
+
+def test_a_wish_that_cannot_be_is_refused_with_the_backends_that_can() -> None:
+    q = heads(1, 1, 2)
+    with pytest.raises(
+        ValueError, match=r"attend: sdpa cannot: PyTorch's kernels have no logit soft-cap; reference.* can"
+    ):
+        attend(q, q, q, softcap=2.0, backend="sdpa")
+
+
+def test_explain_names_the_backend_that_is_then_taken() -> None:
+    q = heads(1, 1, 4)
+    for named in ({}, {"softcap": 2.0}, {"mask": Mask(causal=True, window=(1, 0))}):
+        with listening() as heard:
+            attend(q, q, q, **named)
+        assert ": ".join(heard[0]) == explain(q, q, q, **named)
+
+
+def test_every_layer_tells_its_backend() -> None:
+    attention = mixers.build({"name": "attention", "heads": 2}, 8, Positions())
+    conv = mixers.build({"name": "conv"}, 8, Positions())
+    model = nn.ModuleDict({"first": attention, "second": conv})
+    model.forward = lambda x, **named: conv(attention(x, **named), **named)
+    x, pos = torch.randn(1, 3, 8), torch.arange(3)[None]
+    assert explain_layers(model, x, mask=Mask(), pos=pos) == {"first": "sdpa: no mask is needed"}
+    with forced("reference"):
+        assert explain_layers(model, x, mask=Mask(), pos=pos) == {"first": "reference: asked for"}
+
+
+def test_a_soft_cap_bounds_the_scores() -> None:
+    q, k = 50 * heads(1, 1, 3), heads(1, 1, 3)
+    shares = weights(q, k, softcap=1.0)
+    assert (shares.amax(-1) / shares.amin(-1)).max() <= torch.e**2 + 1e-9
+    with pytest.raises(ValueError, match="softcap bounds the scores and is above 0, not -1"):
+        attend(q, k, k, softcap=-1.0)

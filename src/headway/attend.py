@@ -1,21 +1,32 @@
-"""Exact attention: softmax(q k^T * scale + bias, over what the mask allows) v (arXiv 1706.03762).
+"""Exact attention: softmax(cap(q k^T * scale) + bias, over what the mask allows) v (arXiv 1706.03762).
 
-`reference` is the definition, a dozen lines. Every other backend must equal it, gradients included; the fastest legal
-one is the default, chosen from facts known on the Python side (no device sync), and `explain` says which and why.
+`reference` is the definition, a dozen lines. Every kernel in `kernels/` must equal it, gradients included; the fastest
+legal one is the default, chosen from facts known on the Python side (no device sync), and `explain` says which and why.
 Letters, here and everywhere: B batch, T queries, S keys, H heads, G key/value heads, D head width, C model width,
 V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from headway import kernels
+from headway.kernels import Call, places
 from headway.mask import Mask
 
 FULL = Mask()
+BACKENDS = {name: kernels.find(name) for name in kernels.names()}
+ORDER = [name for name in ("triton", "flex", "blocked", "tiled", "sdpa") if name in BACKENDS]  # first that can and pays
+
+_forced: str | None = None
+_heard: list[tuple[str, str]] | None = None
 
 
 def attend(
@@ -26,43 +37,29 @@ def attend(
     *,
     q_pos: Int[Tensor, "B T"] | None = None,
     k_pos: Int[Tensor, "B S"] | None = None,
+    aligned: bool = False,
     bias: Float[Tensor, "#B #H T S"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
     backend: str | None = None,
 ) -> Float[Tensor, "B H T E"]:
     """Exact attention with the fastest legal backend; heads in groups share keys and values (1911.02150, 2305.13245).
 
-    Positions are 0, 1, 2, ... where not given; a key at -1 is seen by nobody. A query that may see nothing gives
-    zeros. `scale` is 1/sqrt(D) where not given; `bias` is added to the scaled scores.
+    Positions are 0, 1, 2, ... where not given; a key at -1 is seen by nobody. `aligned` promises that given positions
+    rise by one from token to token within every sequence (padding at the ends, at -1), so that kernels may read
+    distances off indices. A query that may see nothing gives zeros. `scale` is 1/sqrt(D) where not given; `softcap` c
+    turns a scaled score s into c tanh(s / c) (2408.00118); `bias` is added behind it; `dropout` is on the weights.
     """
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"attend: {q.shape[1]} query heads do not share {k.shape[1]} key/value heads evenly")
-    chosen = backend or "sdpa"
-    if chosen not in BACKENDS:
-        raise ValueError(f"attend: no backend '{chosen}'; there is {', '.join(BACKENDS)}")
-    compares = ", ".join(sorted(mask.facts & {"causal", "window"}))
-    if compares and (q_pos is None) != (k_pos is None):
-        raise ValueError(f"attend: a {compares} mask compares positions: give q_pos and k_pos, or neither")
-    if compares and q_pos is None and q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"attend: {q.shape[2]} queries and {k.shape[2]} keys under a {compares} mask need q_pos and k_pos"
-        )
+    call = call_of(
+        q, k, v, mask, q_pos=q_pos, k_pos=k_pos, aligned=aligned, bias=bias, softcap=softcap, dropout=dropout
+    )
+    chosen, why = _choose(call, backend or _forced)
+    if _heard is not None:
+        _heard.append((chosen, why))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[chosen](q, k, v, mask, q_pos, k_pos, bias, scale, dropout)
-
-
-def explain(mask: Mask = FULL, *, positions: bool = False, bias: bool = False) -> str:
-    """Which backend `attend` takes for such a call, how it lowers the mask, and why.
-
-    `positions`: whether q_pos and k_pos are given, as they are with a cache or padding.
-    """
-    if mask.facts == {"bidirectional"} and not positions and not bias:
-        return "sdpa: no mask is needed, PyTorch's flash kernel runs free"
-    if mask.facts == {"causal"} and not positions and not bias:
-        return "sdpa: is_causal, queries and keys start together"
-    asked = ", ".join(sorted(mask.facts | ({"positions"} if positions else set()) | ({"bias"} if bias else set())))
-    return f"sdpa: lowered to a dense mask of B x T x S, because of {asked}"
+    run = reference if chosen == "reference" else BACKENDS[chosen].run
+    return run(q, k, v, mask, q_pos, k_pos, bias, scale, softcap, dropout)
 
 
 def reference(
@@ -74,13 +71,16 @@ def reference(
     k_pos: Tensor | None,
     bias: Tensor | None,
     scale: float,
+    softcap: float | None,
     dropout: float,
 ) -> Tensor:
     """The definition. What nobody may look at (NaN, say) is zeroed first, so that it never leaks, backward included."""
-    allowed = mask.allows(*_positions(q, k, q_pos, k_pos)).expand(-1, q.shape[2], -1)[:, None]  # B 1 T S
+    allowed = mask.allows(*places(q, k, q_pos, k_pos)).expand(-1, q.shape[2], -1)[:, None]  # B 1 T S
     seen = allowed.any(-2)[..., None]
     k, v = (torch.where(seen, t, 0).repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     scores = (q @ k.mT) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     alive = allowed.any(-1, keepdim=True)
@@ -98,45 +98,146 @@ def weights(
     k_pos: Int[Tensor, "B S"] | None = None,
     bias: Float[Tensor, "#B #H T S"] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Tensor, "B H T S"]:
     """The attention map itself: the reference with an identity for values, so that map @ v is the output."""
     eye = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(k.shape[0], k.shape[1], -1, -1)
-    return attend(q, k, eye, mask, q_pos=q_pos, k_pos=k_pos, bias=bias, scale=scale, backend="reference")
+    given: dict[str, Any] = {"q_pos": q_pos, "k_pos": k_pos, "bias": bias, "scale": scale, "softcap": softcap}
+    return attend(q, k, eye, mask, **given, backend="reference")
 
 
-def sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Mask,
-    q_pos: Tensor | None,
-    k_pos: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    dropout: float,
-) -> Tensor:
-    """PyTorch's fused kernels; the mask is lowered to nothing, to `is_causal`, or to a dense boolean."""
-    grouped = q.shape[1] != k.shape[1]
-    free = bias is None and q_pos is None and k_pos is None and mask.facts <= {"causal", "bidirectional"}
-    if free:
-        return F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal="causal" in mask.facts, scale=scale, enable_gqa=grouped
+def legal(call: Call) -> dict[str, str]:
+    """Every backend with why it cannot answer `call`, "" where it can."""
+    return {"reference": "", **{name: kernel.refuses(call) for name, kernel in BACKENDS.items()}}
+
+
+def explain(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S E"],
+    mask: Mask = FULL,
+    **named: Any,
+) -> str:
+    """Which backend `attend` takes for such a call (its arguments, `scale` and `backend` left out), and why."""
+    return ": ".join(_choose(call_of(q, k, v, mask, **named), _forced))
+
+
+def explain_layers(model: nn.Module, *inputs: object, **named: object) -> dict[str, str]:
+    """Runs `model` once, without gradients, and tells for each layer that calls `attend` the backend it took and why.
+
+    The keys are module names ("encoder.blocks.0.mixer.inner"); a layer that called more than once has a line for each.
+    """
+    said: dict[str, str] = {}
+
+    def hear(name: str, before: int) -> None:
+        lines = [": ".join(line) for line in (_heard or [])[before:]]
+        said[name] = "; ".join(dict.fromkeys(lines))
+
+    hooks = []
+    for name, module in model.named_modules():
+        if getattr(module, "CAN", None) is None:
+            continue
+        starts: list[int] = []
+        hooks.append(module.register_forward_pre_hook(lambda *_, s=starts: s.append(len(_heard or []))))
+        hooks.append(module.register_forward_hook(lambda *_, n=name, s=starts: hear(n, s.pop())))
+    try:
+        with listening(), torch.no_grad():
+            model(*inputs, **named)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: line for name, line in said.items() if line}
+
+
+def kept_bytes(call: Call) -> int:
+    """What the backend taken for `call` keeps for the way back besides queries, keys, values and output."""
+    pairs, chosen = call.queries * call.keys, _choose(call, _forced)[0]
+    size = 4 * call.rows * call.heads * call.queries  # the sum of each query's exponentials
+    if chosen == "reference":
+        return call.rows * call.heads * pairs * 4 * (3 if call.softcap else 2) + size
+    dense = chosen == "sdpa" and (call.bias or call.positions or not call.mask.facts <= {"causal", "bidirectional"})
+    return size + (4 * pairs * (call.heads if call.bias else 1) if dense else 0)
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """Every call of `attend` inside takes this backend (where the call itself names none)."""
+    global _forced
+    before, _forced = _forced, backend
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextmanager
+def listening() -> Iterator[list[tuple[str, str]]]:
+    """The backend and the reason of every call of `attend` made inside, in order."""
+    global _heard
+    before, _heard = _heard, []
+    try:
+        yield _heard
+    finally:
+        _heard = before
+
+
+def call_of(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B G S D"],
+    v: Float[Tensor, "B G S E"],
+    mask: Mask = FULL,
+    *,
+    q_pos: Int[Tensor, "B T"] | None = None,
+    k_pos: Int[Tensor, "B S"] | None = None,
+    aligned: bool = False,
+    bias: Float[Tensor, "#B #H T S"] | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Call:
+    """The facts of a call, checked: what a kernel is asked about."""
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"attend: {q.shape[1]} query heads do not share {k.shape[1]} key/value heads evenly")
+    compares = ", ".join(sorted(mask.facts & {"causal", "window"}))
+    if compares and (q_pos is None) != (k_pos is None):
+        raise ValueError(f"attend: a {compares} mask compares positions: give q_pos and k_pos, or neither")
+    if compares and q_pos is None and q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"attend: {q.shape[2]} queries and {k.shape[2]} keys under a {compares} mask need q_pos and k_pos"
         )
-    allowed = mask.allows(*_positions(q, k, q_pos, k_pos))[:, None]  # B 1 T S, or B 1 1 S where queries do not differ
-    unseen = ~allowed.any(-2)[..., None]
-    k, v = (t.masked_fill(unseen, 0.0) for t in (k, v))
-    alive = allowed.any(-1, keepdim=True)
-    lowered = allowed | ~alive
-    if bias is not None:
-        lowered = torch.where(lowered, bias, float("-inf")).to(q.dtype)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=lowered, dropout_p=dropout, scale=scale, enable_gqa=grouped)
-    return y.masked_fill(~alive, 0.0)
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"attend: softcap bounds the scores and is above 0, not {softcap}")
+    positions = q_pos is not None or k_pos is not None
+    return Call(
+        mask=mask,
+        rows=q.shape[0],
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        queries=q.shape[2],
+        keys=k.shape[2],
+        head_dim=q.shape[3],
+        value_dim=v.shape[3],
+        dtype=q.dtype,
+        device=q.device.type,
+        gradients=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, bias)),
+        positions=positions,
+        aligned=aligned or not positions,
+        bias=bias is not None,
+        softcap=softcap is not None,
+        dropout=dropout > 0,
+    )
 
 
-def _positions(q: Tensor, k: Tensor, q_pos: Tensor | None, k_pos: Tensor | None) -> tuple[Tensor, Tensor]:
-    q_pos = torch.arange(q.shape[2], device=q.device)[None] if q_pos is None else q_pos
-    k_pos = torch.arange(k.shape[2], device=k.device)[None] if k_pos is None else k_pos
-    return q_pos, k_pos
-
-
-BACKENDS = {"reference": reference, "sdpa": sdpa}
+def _choose(call: Call, wish: str | None) -> tuple[str, str]:
+    """The backend for a call and why it is taken."""
+    if wish is not None:
+        refused = legal(call)
+        if wish not in refused:
+            raise ValueError(f"attend: no backend '{wish}'; there is {', '.join(refused)}")
+        if refused[wish]:
+            able = ", ".join(name for name, why in refused.items() if not why)
+            raise ValueError(f"attend: {wish} cannot: {refused[wish]}; {able} can")
+        return wish, "asked for"
+    for name in ORDER:
+        if not BACKENDS[name].refuses(call) and (why := BACKENDS[name].pays(call)):
+            return name, why
+    return "reference", f"no kernel can: {BACKENDS['sdpa'].refuses(call)}"

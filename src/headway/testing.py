@@ -15,14 +15,13 @@ from contextlib import suppress
 from functools import reduce
 from operator import and_
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from headway import mixers
-from headway.attend import BACKENDS, reference
+from headway.attend import forced, listening
 from headway.mask import Mask
 from headway.positions import build_positions, positions_of
 from headway.spec import PositionSpec, convert
@@ -76,11 +75,10 @@ class Subject:
 
     def facts(self) -> frozenset[str]:
         """What decides which claims apply: `can`, and whether it mixes tokens, and whether it calls `attend`."""
-        called = mock.Mock(side_effect=reference)
-        with mock.patch.dict(BACKENDS, dict.fromkeys(BACKENDS, called)), suppress(Exception):  # the claims will tell
+        with listening() as heard, suppress(Exception):  # the claims will tell
             for mask, context in self.uses(plain=True):
                 self(self.tokens(), mask, context=context)
-        more = {"self": self.directions, "ordered": self.can & {"causal", "cross"}, "attend": called.called}
+        more = {"self": self.directions, "ordered": self.can & {"causal", "cross"}, "attend": bool(heard)}
         return self.can | {fact for fact, holds in more.items() if holds}
 
     def uses(self, plain: bool = False) -> list[tuple[Mask, Tensor | None]]:
@@ -226,7 +224,7 @@ def fast_equals_reference(s: Subject) -> None:
     for mask, context in s.uses():
         x = s.tokens()
         fast = _with_gradients(s, x, mask, context)
-        with mock.patch.dict(BACKENDS, dict.fromkeys(BACKENDS, reference)):
+        with forced("reference"):
             slow = _with_gradients(s, x, mask, context)
         for part in slow:
             _close(fast[part], slow[part], f"{part}, under {_name(mask, context)}")
@@ -236,8 +234,9 @@ def compiled_equals_eager(s: Subject) -> None:
     for mask, context in s.uses(plain=True):
         x = s.tokens()
         eager = _with_gradients(s, x, mask, context)
-        with mock.patch.object(s, "call", torch.compile(s.mixer)):
-            compiled = _with_gradients(s, x, mask, context)
+        s.call = torch.compile(s.mixer)
+        compiled = _with_gradients(s, x, mask, context)
+        s.call = s.mixer
         for part in eager:
             _close(compiled[part], eager[part], f"{part}, under {_name(mask, context)}")
 
@@ -275,11 +274,38 @@ def flops_are_as_stated(s: Subject) -> None:
     for mask, context in s.uses(plain=True):
         context = None if context is None else context[:1]
         counter = FlopCounterMode(display=False)
-        plain = mock.patch.dict(BACKENDS, dict.fromkeys(BACKENDS, reference))
-        with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=False), plain, counter:
+        blind = torch.backends.mkldnn.flags(enabled=False)
+        with warnings.catch_warnings(action="ignore"), blind, forced("reference"), counter:
             s(s.tokens(1), mask, context=context)
         counted, stated = counter.get_total_flops(), s.mixer.cost(LENGTH, None if context is None else CONTEXT).flops
         assert counted == stated, f"{counted} under {_name(mask, context)}, and cost() says {stated}"
+
+
+def activations_are_as_stated(s: Subject) -> None:
+    """What autograd keeps for the way back, of one row, weights left out; within a quarter and a few small tensors."""
+    length = 64  # long enough for the growth to show
+    for mask, context in s.uses(plain=True):
+        context = None if context is None else s.tokens(1, length)
+        kept: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in [*s.mixer.parameters(), *s.mixer.buffers()]}
+
+        def keep(t: Tensor, kept: dict[int, int] = kept, own: set[int] = own) -> Tensor:
+            if t.untyped_storage().data_ptr() not in own:
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        x = s.tokens(1, length).requires_grad_()
+        blind = torch.backends.mkldnn.flags(enabled=False)  # the plain forms, as above
+        with (
+            warnings.catch_warnings(action="ignore"),
+            blind,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
+        ):
+            y = s(x, mask, context=context)
+        assert y.requires_grad, "the output has no gradient"
+        held, stated = sum(kept.values()), s.mixer.cost(length, None if context is None else length).activation_bytes
+        slack = 0.25 * held + 8 * length * s.width
+        assert abs(held - stated) <= slack, f"{held} under {_name(mask, context)}, and cost() says {stated}"
 
 
 def options_survive_json(s: Subject) -> None:
@@ -334,6 +360,7 @@ CLAIMS: dict[Callable[[Subject], None], set[str]] = {  # each with the facts abo
     fast_equals_reference: {"attend"},
     every_parameter_gets_a_gradient: set(),
     flops_are_as_stated: set(),
+    activations_are_as_stated: set(),
     compiled_equals_eager: {"compiled"},
 }
 

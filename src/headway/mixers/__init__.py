@@ -24,10 +24,12 @@ from headway.state import State
 
 
 class Cost(NamedTuple):
-    """What one call costs: floating-point operations of its matrix products, and bytes that a stream remembers."""
+    """What one call costs: floating-point operations of its matrix products, bytes that a stream remembers, and bytes
+    of activations that training keeps for the way back, with the kernel `attend` takes by default."""
 
     flops: int
     state_bytes: int
+    activation_bytes: int
 
 
 class Mixer(nn.Module):
@@ -57,7 +59,7 @@ class Mixer(nn.Module):
         raise ValueError(f"{type(self).__name__} cannot stream: it has no state")
 
     def cost(self, length: int, context_length: int | None = None) -> Cost:
-        """Of one row of `length` tokens, forward, unpadded; `state_bytes` after streaming them, in fp32."""
+        """Of one row of `length` tokens, forward, unpadded, in fp32; `state_bytes` after streaming them."""
         raise TypeError(f"{type(self).__name__} states no cost")
 
     def require(self, mask: Mask, state: State | None = None, context: Tensor | None = None) -> None:

@@ -1,7 +1,8 @@
 """Attention: projections around `attend`; self and cross; multi-head, grouped and multi-query.
 
 y = W_o attend(W_q x, W_k c, W_v c), c = x or the context. arXiv 1706.03762; grouped heads 2305.13245, one key/value
-head 1911.02150. A window is a mask over exact attention, so it is an option here and no mixer of its own.
+head 1911.02150; norms of queries and keys 2010.04245, capped scores 2408.00118. A window is a mask over exact
+attention, so it is an option here and no mixer of its own.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from jaxtyping import Float, Int
 from msgspec import Meta
 from torch import Tensor, nn
 
-from headway.attend import attend, weights
+from headway.attend import FULL, attend, kept_bytes, weights
+from headway.kernels import Call
 from headway.layers import residual_output
 from headway.mask import Mask
 from headway.mixers import Cost, Mixer
-from headway.positions import Positions
+from headway.positions import Alibi, Positions
 from headway.spec import Size
 from headway.state import Cross, KeyValue, Ring, State
 
@@ -28,7 +30,8 @@ class Attention(Mixer):
 
     heads: query heads. kv_heads: key/value heads shared by groups of queries (default: as many).
     head_dim: default width / heads. bias: on the projections. window: (left, right), tokens seen to either side.
-    sinks: first tokens that stay visible to a window.
+    sinks: first tokens that stay visible to a window. qk_norm: each head's queries and keys are normalised (RMS).
+    softcap: bound of the scores.
     """
 
     CAN: ClassVar = frozenset(
@@ -46,6 +49,8 @@ class Attention(Mixer):
         bias: bool = False,
         window: tuple[int | None, int | None] | None = None,
         sinks: Annotated[int, Meta(ge=0)] = 0,
+        qk_norm: bool = False,
+        softcap: Annotated[float, Meta(gt=0)] | None = None,
     ) -> None:
         super().__init__()
         kv_heads = kv_heads or heads
@@ -57,8 +62,10 @@ class Attention(Mixer):
         self.head_dim = head_dim or width // heads
         self.positions = positions or Positions()
         self.local = Mask(window=window, sinks=sinks)
+        self.softcap = softcap
         self.query = nn.Linear(width, heads * self.head_dim, bias=bias)
         self.key_value = nn.Linear(width, 2 * kv_heads * self.head_dim, bias=bias)
+        self.query_norm, self.key_norm = (nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
         self.out = residual_output(nn.Linear(heads * self.head_dim, width, bias=bias))
 
     def forward(
@@ -71,12 +78,12 @@ class Attention(Mixer):
         context: Float[Tensor, "B S C"] | None = None,
     ) -> Float[Tensor, "B T C"]:
         self.require(mask, state, context)
-        q = self._heads(self.query(x), self.heads)
+        q = self._queries(x)
         if context is None:
             y = self._own(q, x, mask & self.local, pos, state)
         else:
             k, v = self._keys_values(context) if state is None else self._remembered(state, context)
-            y = attend(q, k, v, mask)
+            y = attend(q, k, v, mask, softcap=self.softcap)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def map(
@@ -88,12 +95,13 @@ class Attention(Mixer):
         context: Float[Tensor, "B S C"] | None = None,
     ) -> Float[Tensor, "B H T S"]:
         """The weights that `forward` uses for the same input, by the reference; rows sum to one."""
-        q = self._heads(self.query(x), self.heads)
+        q = self._queries(x)
         k, _ = self._keys_values(x if context is None else context)
         if context is not None:
-            return weights(q, k, mask)
+            return weights(q, k, mask, softcap=self.softcap)
         q, k = self.positions.rotate(q, pos), self.positions.rotate(k, pos)
-        return weights(q, k, mask & self.local, q_pos=pos, k_pos=pos, bias=self.positions.bias(self.heads, pos, pos))
+        bias = self.positions.bias(self.heads, pos, pos)
+        return weights(q, k, mask & self.local, q_pos=pos, k_pos=pos, bias=bias, softcap=self.softcap)
 
     def _own(self, q: Tensor, x: Tensor, mask: Mask, pos: Tensor, state: State | None) -> Tensor:
         k, v = self._keys_values(x)
@@ -101,16 +109,16 @@ class Attention(Mixer):
         if state is None:
             bias = self.positions.bias(self.heads, pos, pos)
             if mask.facts <= {"causal", "bidirectional", "window"}:  # indices say the same: the kernel stays free
-                return attend(q, k, v, mask, bias=bias)
-            return attend(q, k, v, mask, q_pos=pos, k_pos=pos, bias=bias)
+                return attend(q, k, v, mask, bias=bias, softcap=self.softcap)
+            return attend(q, k, v, mask, q_pos=pos, k_pos=pos, aligned=True, bias=bias, softcap=self.softcap)
         if not isinstance(state, KeyValue | Ring):
             raise ValueError(f"attention streams with a KeyValue or a Ring, not {type(state).__name__}: use init_state")
         _require_streamable(mask, pos)
         k, v, k_pos = state.append(k, v, pos, padded=mask.valid is not None)
         bias = self.positions.bias(self.heads, pos, k_pos)
         if pos.shape[1] == 1 and not state.padded and mask.facts == {"causal"} and bias is None:
-            return attend(q, k, v)  # the newest token sees all that came before
-        return attend(q, k, v, replace(mask, valid=None), q_pos=pos, k_pos=k_pos, bias=bias)
+            return attend(q, k, v, softcap=self.softcap)  # the newest token sees all that came before
+        return attend(q, k, v, replace(mask, valid=None), q_pos=pos, k_pos=k_pos, bias=bias, softcap=self.softcap)
 
     def _remembered(self, state: State, context: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(state, Cross):
@@ -120,9 +128,12 @@ class Attention(Mixer):
         k, v = state.kept
         return k, v
 
+    def _queries(self, x: Tensor) -> Float[Tensor, "B H T D"]:
+        return self.query_norm(self._heads(self.query(x), self.heads))
+
     def _keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self.key_value(x).chunk(2, -1)
-        return self._heads(k, self.kv_heads), self._heads(v, self.kv_heads)
+        return self.key_norm(self._heads(k, self.kv_heads)), self._heads(v, self.kv_heads)
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         return x.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)  # B H T D
@@ -142,7 +153,31 @@ class Attention(Mixer):
         if context_length is None and self.local.window is not None and self.local.window[0] is not None:
             held = min(length, self.local.window[0] + self.local.sinks)
         position_bytes = 0 if context_length else 8
-        return Cost(projections + 4 * length * keys * inner, held * (4 * shared + position_bytes))
+        biased = context_length is None and isinstance(self.positions, Alibi)
+        call = Call(
+            mask=FULL if context_length else self.local,
+            rows=1,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            queries=length,
+            keys=keys,
+            head_dim=self.head_dim,
+            value_dim=self.head_dim,
+            dtype=torch.float32,
+            device=self.out.weight.device.type,
+            gradients=True,
+            bias=biased,
+            softcap=self.softcap is not None,
+        )
+        norms = 0 if isinstance(self.query_norm, nn.Identity) else length * inner + keys * shared // 2
+        activations = (
+            length * (self.width + 2 * inner) + keys * (shared + (self.width if context_length else 0)) + norms
+        )
+        return Cost(
+            flops=projections + 4 * length * keys * inner,
+            state_bytes=held * (4 * shared + position_bytes),
+            activation_bytes=4 * activations + kept_bytes(call),
+        )
 
 
 def _require_streamable(mask: Mask, pos: Tensor) -> None:

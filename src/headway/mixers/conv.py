@@ -105,4 +105,9 @@ class Conv(Mixer):
     def cost(self, length: int, context_length: int | None = None) -> Cost:
         inputs = self.width * (1 if self.depthwise else self.kernel)
         inner = self.width * (2 if self.gated else 1)
-        return Cost(2 * length * (inputs * inner + self.width**2), 4 * self.reach * self.width)
+        read = 2 * self.width if self.depthwise else inputs  # the tokens and their sums, or the windows side by side
+        return Cost(
+            flops=2 * length * (inputs * inner + self.width**2),
+            state_bytes=4 * self.reach * self.width,
+            activation_bytes=4 * length * (read + inner + self.width * (2 if self.gated else 1)),
+        )

@@ -119,7 +119,12 @@ class Rnn(Mixer):
         ways = 1 if self.back is None else 2
         cells = 2 * gates * self.hidden * (self.width + self.hidden)
         out = 2 * ways * self.hidden * self.width
-        return Cost(length * (ways * cells + out), 4 * kept * self.hidden if self.back is None else 0)
+        kept_a_token = ways * (8 * self.hidden + self.width)  # the gates, the cell and its tanh; the input
+        return Cost(
+            flops=length * (ways * cells + out),
+            state_bytes=4 * kept * self.hidden if self.back is None else 0,
+            activation_bytes=4 * length * kept_a_token,
+        )
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

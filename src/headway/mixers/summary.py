@@ -57,7 +57,7 @@ class Summary(Mixer):
         return Cross()
 
     def cost(self, length: int, context_length: int | None = None) -> Cost:
-        return Cost(4 * self.width**2, 4 * self.width)
+        return Cost(flops=4 * self.width**2, state_bytes=4 * self.width, activation_bytes=8 * self.width)
 
 
 def _ends(context: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:

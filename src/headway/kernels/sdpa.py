@@ -1,0 +1,55 @@
+"""PyTorch's fused kernels; the mask is lowered to nothing, to `is_causal`, or to a dense boolean of B x T x S."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headway.kernels import Call, places
+from headway.mask import Mask
+
+
+def refuses(call: Call) -> str:
+    return "PyTorch's kernels have no logit soft-cap" if call.softcap else ""
+
+
+def pays(call: Call) -> str:
+    if _free(call.mask, call.positions, call.bias):
+        return "is_causal, queries and keys start together" if call.mask.causal else "no mask is needed"
+    asked = call.mask.facts - {"bidirectional"}
+    asked |= {name for name in ("positions", "bias") if getattr(call, name)}
+    return f"the mask is lowered to a dense one of {call.queries} x {call.keys}, because of {', '.join(sorted(asked))}"
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    if _free(mask, q_pos is not None or k_pos is not None, bias is not None):
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=mask.causal, scale=scale, enable_gqa=grouped
+        )
+    allowed = mask.allows(*places(q, k, q_pos, k_pos))[:, None]  # B 1 T S, or B 1 1 S where queries do not differ
+    unseen = ~allowed.any(-2)[..., None]
+    k, v = (t.masked_fill(unseen, 0.0) for t in (k, v))
+    alive = allowed.any(-1, keepdim=True)
+    lowered = allowed | ~alive
+    if bias is not None:
+        lowered = torch.where(lowered, bias, float("-inf")).to(q.dtype)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=lowered, dropout_p=dropout, scale=scale, enable_gqa=grouped)
+    return y.masked_fill(~alive, 0.0)
+
+
+def _free(mask: Mask, positions: bool, bias: bool) -> bool:
+    """Whether PyTorch can do without a dense mask."""
+    return not positions and not bias and mask.facts <= {"causal", "bidirectional"}
