@@ -1,0 +1,252 @@
+"""Linear recurrences with decay: a matrix a head sums up the past, S_t = diag(exp(decay_t)) S_{t-1} + k_t v_t^T,
+y_t = S_t^T q_t (2006.16236; a decay a head: 2307.08621, 2405.21060; a decay a key channel: 2312.06635), and the delta
+rule, which first takes away what S already says of k_t (2406.06484; with decay 2412.06464).
+
+`stepwise` and `delta_stepwise` are the definitions, token by token. `recur` and `delta` compute the same in chunks:
+dense products within a chunk, one carried state between chunks. No exponent is ever above zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def stepwise(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B H T K"],
+    v: Float[Tensor, "B H T V"],
+    *,
+    decay: Float[Tensor, "B H T"] | Float[Tensor, "B H T K"] | None = None,
+    state: Float[Tensor, "B H K V"] | None = None,
+) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V"]]:
+    """The definition. `decay` is a log, <= 0: a number a head and token, or one a key channel. Outputs and last S."""
+    s = _empty(k, v) if state is None else state
+    keep = None if decay is None else decay.exp() if decay.ndim == 4 else decay[..., None].exp()
+    y = []
+    for t in range(q.shape[2]):
+        s = s if keep is None else keep[:, :, t, :, None] * s
+        s = s + k[:, :, t, :, None] * v[:, :, t, None, :]
+        y.append((q[:, :, t, None, :].to(s.dtype) @ s).to(v.dtype))
+    return torch.cat(y, 2), s
+
+
+def recur(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B H T K"],
+    v: Float[Tensor, "B H T V"],
+    *,
+    decay: Float[Tensor, "B H T"] | Float[Tensor, "B H T K"] | None = None,
+    state: Float[Tensor, "B H K V"] | None = None,
+    chunk: int = 64,
+) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V"]]:
+    """`stepwise`, in chunks of at most `chunk` tokens: time and memory grow with T, and T = 1 is one step."""
+    length = q.shape[2]
+    if length == 1:
+        return stepwise(q, k, v, decay=decay, state=state)
+    size = _chunk_size(length, chunk, decay is not None and decay.ndim == 4)
+    q, k, v = (_chunks(t, size) for t in (q, k, v))
+    if decay is None:
+        y = (q @ k.mT).tril() @ v
+        entering, last = _sums((k.mT @ v).to(_wide(v)), state)
+    else:
+        scores, since, until = (_by_channel if decay.ndim == 4 else _by_head)(q, k, _chunks(decay, size))
+        y, q = scores @ v, q * since.to(q.dtype)
+        entering, last = _carry((k * until.to(k.dtype)).mT @ v, since[..., -1, :, None], state)
+    if entering is not None:
+        y = y + q @ entering.to(q.dtype)
+    return y.flatten(2, 3)[:, :, :length], last
+
+
+def delta_stepwise(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B H T K"],
+    v: Float[Tensor, "B H T V"],
+    beta: Float[Tensor, "B H T"],
+    *,
+    decay: Float[Tensor, "B H T"] | None = None,
+    state: Float[Tensor, "B H K V"] | None = None,
+) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V"]]:
+    """The definition: S_t = exp(decay_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, y_t = S_t^T q_t."""
+    s = _empty(k, v) if state is None else state
+    y = []
+    for t in range(q.shape[2]):
+        s = s if decay is None else decay[:, :, t, None, None].exp() * s
+        query, key, value = (x[:, :, t, None, :].to(s.dtype) for x in (q, k, v))
+        s = s + key.mT * (beta[:, :, t, None, None] * (value - key @ s))
+        y.append((query @ s).to(v.dtype))
+    return torch.cat(y, 2), s
+
+
+def delta(
+    q: Float[Tensor, "B H T K"],
+    k: Float[Tensor, "B H T K"],
+    v: Float[Tensor, "B H T V"],
+    beta: Float[Tensor, "B H T"],
+    *,
+    decay: Float[Tensor, "B H T"] | None = None,
+    state: Float[Tensor, "B H K V"] | None = None,
+    chunk: int = 64,
+) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V"]]:
+    """`delta_stepwise`, in chunks.
+
+    Within a chunk S_i = g_i S_0 + sum_{j<=i} g_i/g_j k_j u_j^T, where g_i is the decay since the chunk began and the
+    u solve a triangular system, u_i = beta_i (v_i - g_i S_0^T k_i - sum_{j<i} g_i/g_j (k_i k_j) u_j): the UT transform.
+    """
+    length, dtype = q.shape[2], v.dtype
+    if length == 1:
+        return delta_stepwise(q, k, v, beta, decay=decay, state=state)
+    size = _chunk_size(length, chunk, False)
+    decay = beta.new_zeros(()).expand(beta.shape) if decay is None else decay
+    q, k, v, beta, decay = (_chunks(t, size).to(_wide(v)) for t in (q, k, v, beta, decay))
+    between, since, until = _decays(decay)
+    beta = beta[..., None]
+    wanted = beta * v
+    if state is not None or k.shape[2] > 1:  # what S_0 already says matters only where there is an S_0
+        wanted = torch.cat([wanted, beta * since * k], -1)
+    system = beta * between * (k @ k.mT)  # its diagonal is never read: taken as ones
+    solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+    entering, last, u = _corrected(solved, (k * until).mT, since[..., -1, :, None], state, v.shape[-1])
+    y = (between * (q @ k.mT)) @ u
+    if entering is not None:
+        y = y + (q * since) @ entering
+    return y.flatten(2, 3)[:, :, :length].to(dtype), last
+
+
+def flops(length: int, key_dim: int, value_dim: int, kind: str, chunk: int = 64) -> int:
+    """Of the matrix products of one head, from no state: `kind` is none, head or channel (the decay), or delta."""
+    if length == 1:
+        return 2 * key_dim * value_dim * (2 if kind == "delta" else 1)
+    size = _chunk_size(length, chunk, kind == "channel")
+    count = -(-length // size)
+    scores, update = size * size * key_dim, size * key_dim * value_dim
+    if kind == "channel":
+        scores = sum(size * half * key_dim // 2 for half in _halvings(size))
+    if kind == "delta":
+        scores *= 2
+    products = count * (scores + size * size * value_dim + update)
+    if count > 1:  # reading the states that enter the chunks; the first of them is nothing to correct
+        products += update * (count + (count - 1 if kind == "delta" else 0))
+    return 2 * products
+
+
+# --- Chunks, and the decays within one
+
+
+def _chunk_size(length: int, most: int, halved: bool) -> int:
+    """As few chunks as `most` allows, as even as can be; a power of two where a chunk is halved again and again."""
+    if halved:
+        return 1 << (min(length - 1, most // 2 * 2 - 1)).bit_length()
+    return -(-length // -(-length // most))
+
+
+def _chunks(t: Tensor, size: int) -> Tensor:
+    """B H T ... as B H N C ..., filled up with zeros, which add nothing to a sum and decay nothing."""
+    if short := -t.shape[2] % size:
+        t = F.pad(t, (0, 0) * (t.ndim - 3) + (0, short))
+    return t.unflatten(2, (-1, size)).contiguous()
+
+
+def _decays(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp of the sum of `decay` (B H N C) over j < t <= i (C x C, zero above the diagonal), over t <= i, over t > j.
+
+    A difference of two sums: in double precision, because what a strong decay adds to both must cancel.
+    """
+    total = decay.double().cumsum(-1)
+    gap = (total[..., :, None] - total[..., None, :]).to(_wide(decay))
+    ahead = torch.ones(gap.shape[-2:], dtype=torch.bool, device=gap.device).triu(1)
+    since, until = total[..., None].exp(), (total[..., -1:] - total)[..., None].exp()
+    return gap.masked_fill(ahead, float("-inf")).exp(), since.to(gap.dtype), until.to(gap.dtype)
+
+
+def _by_head(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decayed scores within each chunk (C x C), and the decays since its start and until its end (C x 1)."""
+    between, since, until = _decays(decay)
+    return (q @ k.mT) * between.to(q.dtype), since, until
+
+
+def _by_channel(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a decay a key channel (C x K). exp(sum) does not leave the sum over channels, so it is split at the
+    middle of ever smaller halves: a query decays since the middle and a key until the middle, both exponents <= 0."""
+    scores, since, until = _halves(q, k, decay.to(_wide(decay)))
+    return scores, since.exp(), until.exp()
+
+
+def _halves(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if q.shape[-2] == 1:
+        return (q * k).sum(-1, keepdim=True), decay, torch.zeros_like(decay)
+    halves = [t.unflatten(-2, (2, -1)) for t in (q, k, decay)]
+    scores, since, until = _halves(*halves)
+    (early, late), (early_since, late_since), (early_until, late_until) = (t.unbind(-3) for t in (scores, since, until))
+    queries = halves[0].select(-3, 1) * late_since.exp().to(q.dtype)
+    keys = halves[1].select(-3, 0) * early_until.exp().to(q.dtype)
+    across = queries @ keys.mT
+    scores = torch.cat([torch.cat([early, torch.zeros_like(across)], -1), torch.cat([across, late], -1)], -2)
+    since = torch.cat([early_since, late_since + early_since[..., -1:, :]], -2)
+    until = torch.cat([early_until + late_since[..., -1:, :], late_until], -2)
+    return scores, since, until
+
+
+def _halvings(size: int) -> list[int]:
+    return [size >> i for i in range(1, size.bit_length())]
+
+
+# --- From chunk to chunk
+
+
+def _sums(updates: Tensor, state: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """The states that enter the chunks where nothing decays, None for none at all, and the last one."""
+    if updates.shape[2] == 1:
+        last = updates[:, :, 0]
+        return (None, last) if state is None else (state[:, :, None], state + last)
+    start = torch.zeros_like(updates[:, :, :1]) if state is None else state[:, :, None].to(updates.dtype)
+    sums = torch.cat([start, updates], 2).cumsum(2)
+    return sums[:, :, :-1], sums[:, :, -1]
+
+
+def _carry(updates: Tensor, keep: Tensor, state: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """The same where a share `keep` of the state outlives each chunk (B H N K 1)."""
+    updates, s = updates.to(keep.dtype), state
+    entering: list[Tensor | None] = []
+    for update, share in zip(updates.unbind(2), keep.unbind(2), strict=True):
+        entering.append(s)
+        s = update if s is None else torch.addcmul(update, share, s.to(update.dtype))
+    return _stacked(entering, s)
+
+
+def _corrected(
+    solved: Tensor, keys: Tensor, keep: Tensor, state: Tensor | None, values: int
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The states that enter the chunks under the delta rule, the last one, and the u of each chunk."""
+    entering: list[Tensor | None] = []
+    u, s = [], state
+    for part, key, share in zip(solved.unbind(2), keys.unbind(2), keep.unbind(2), strict=True):
+        entering.append(s)
+        new = part[..., :values]
+        if s is None:
+            u.append(new)
+            s = key @ new
+        else:
+            s = s.to(new.dtype)
+            u.append(new - part[..., values:] @ s)
+            s = share * s + key @ u[-1]
+    return *_stacked(entering, s), torch.stack(u, 2)
+
+
+def _stacked(entering: list[Tensor | None], last: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """One tensor of all that enter, and the last; a start from nothing is zeros, or None where nothing else enters."""
+    assert last is not None  # there is a chunk
+    if len(entering) == 1 and entering[0] is None:
+        return None, last
+    return torch.stack([torch.zeros_like(last) if s is None else s for s in entering], 2), last
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    """What is summed over all of the past is kept in single precision at least."""
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _empty(k: Tensor, v: Tensor) -> Tensor:
+    return k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=_wide(v))
