@@ -8,6 +8,8 @@ dense products within a chunk, one carried state between chunks. No exponent is 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -24,12 +26,13 @@ def stepwise(
 ) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V"]]:
     """The definition. `decay` is a log, <= 0: a number a head and token, or one a key channel. Outputs and last S."""
     s = _empty(k, v) if state is None else state
-    keep = None if decay is None else decay.exp() if decay.ndim == 4 else decay[..., None].exp()
+    keep = None if decay is None else (decay if decay.ndim == 4 else decay[..., None]).exp().to(s.dtype)
+    shares = itertools.repeat(None) if keep is None else keep.unbind(2)
     y = []
-    for t in range(q.shape[2]):
-        s = s if keep is None else keep[:, :, t, :, None] * s
-        s = s + k[:, :, t, :, None] * v[:, :, t, None, :]
-        y.append((q[:, :, t, None, :].to(s.dtype) @ s).to(v.dtype))
+    for query, key, value, share in zip(q.unbind(2), k.unbind(2), v.unbind(2), shares, strict=False):
+        s = s if share is None else share[..., None] * s
+        s = s + key[..., None] * value[..., None, :]
+        y.append((query[..., None, :].to(s.dtype) @ s).to(v.dtype))
     return torch.cat(y, 2), s
 
 
@@ -50,7 +53,7 @@ def recur(
     q, k, v = (_chunks(t, size) for t in (q, k, v))
     if decay is None:
         y = (q @ k.mT).tril() @ v
-        entering, last = _sums((k.mT @ v).to(_wide(v)), state)
+        entering, last = _carry(k.mT @ v, None, state)
     else:
         scores, since, until = (_by_channel if decay.ndim == 4 else _by_head)(q, k, _chunks(decay, size))
         y, q = scores @ v, q * since.to(q.dtype)
@@ -71,11 +74,13 @@ def delta_stepwise(
 ) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V"]]:
     """The definition: S_t = exp(decay_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, y_t = S_t^T q_t."""
     s = _empty(k, v) if state is None else state
+    strength = beta[..., None, None].to(s.dtype)
+    shares = itertools.repeat(None) if decay is None else decay[..., None, None].exp().to(s.dtype).unbind(2)
     y = []
-    for t in range(q.shape[2]):
-        s = s if decay is None else decay[:, :, t, None, None].exp() * s
-        query, key, value = (x[:, :, t, None, :].to(s.dtype) for x in (q, k, v))
-        s = s + key.mT * (beta[:, :, t, None, None] * (value - key @ s))
+    for *token, much, share in zip(q.unbind(2), k.unbind(2), v.unbind(2), strength.unbind(2), shares, strict=False):
+        query, key, value = (x[..., None, :].to(s.dtype) for x in token)
+        s = s if share is None else share * s
+        s = s + key.mT * (much * (value - key @ s))
         y.append((query @ s).to(v.dtype))
     return torch.cat(y, 2), s
 
@@ -196,30 +201,24 @@ def _halvings(size: int) -> list[int]:
 # --- From chunk to chunk
 
 
-def _sums(updates: Tensor, state: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """The states that enter the chunks where nothing decays, None for none at all, and the last one."""
-    if updates.shape[2] == 1:
-        last = updates[:, :, 0]
-        return (None, last) if state is None else (state[:, :, None], state + last)
-    start = torch.zeros_like(updates[:, :, :1]) if state is None else state[:, :, None].to(updates.dtype)
-    sums = torch.cat([start, updates], 2).cumsum(2)
-    return sums[:, :, :-1], sums[:, :, -1]
-
-
-def _carry(updates: Tensor, keep: Tensor, state: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """The same where a share `keep` of the state outlives each chunk (B H N K 1)."""
-    updates, s = updates.to(keep.dtype), state
+def _carry(updates: Tensor, keep: Tensor | None, state: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """The states that enter the chunks and the last one; a share `keep` outlives each chunk (B H N K 1), or all."""
+    updates, s = updates.to(_wide(updates)), state
     entering: list[Tensor | None] = []
-    for update, share in zip(updates.unbind(2), keep.unbind(2), strict=True):
+    shares = itertools.repeat(None) if keep is None else keep.unbind(2)
+    for update, share in zip(updates.unbind(2), shares, strict=False):
         entering.append(s)
-        s = update if s is None else torch.addcmul(update, share, s.to(update.dtype))
+        if s is None:
+            s = update
+        else:
+            s = s.to(update.dtype) + update if share is None else torch.addcmul(update, share, s.to(update.dtype))
     return _stacked(entering, s)
 
 
 def _corrected(
     solved: Tensor, keys: Tensor, keep: Tensor, state: Tensor | None, values: int
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The states that enter the chunks under the delta rule, the last one, and the u of each chunk."""
+    """The same under the delta rule, and the u of each chunk."""
     entering: list[Tensor | None] = []
     u, s = [], state
     for part, key, share in zip(solved.unbind(2), keys.unbind(2), keep.unbind(2), strict=True):
