@@ -10,20 +10,34 @@ from tiny import fresh
 from torch import nn
 
 from headway.recipe import OptimizerSpec
-from headway.train.optim import Muon, build_optimizers, orthogonal, set_rate
+from headway.train.optim import STEPS, Muon, build_optimizers, orthogonal, set_rate
 
 
-def test_muon_turns_a_matrix_into_a_nearly_orthogonal_one() -> None:
-    for rows, columns in ((16, 16), (32, 8), (8, 48)):
-        u, _, vt = torch.linalg.svd(torch.randn(3, rows, columns), full_matrices=False)
-        spread = torch.logspace(0, -2, min(rows, columns))
-        step = orthogonal((u * spread) @ vt * 37.0)
-        values = torch.linalg.svdvals(step)
-        assert float(values.min()) > 0.8
-        assert float(values.max()) < 1.2
-        turned = u.mT @ step @ vt.mT  # the same directions, only their lengths differ
-        off = turned - torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1))
-        assert float(off.abs().max()) < 1e-3
+@pytest.mark.parametrize("rows,columns", [(16, 16), (32, 8), (8, 48)])
+@pytest.mark.parametrize("products,error", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
+def test_muon_turns_a_matrix_into_a_nearly_orthogonal_one(
+    rows: int, columns: int, products: torch.dtype, error: float
+) -> None:
+    u, _, vt = torch.linalg.svd(torch.randn(3, rows, columns), full_matrices=False)
+    spread = torch.logspace(0, -2, min(rows, columns))
+    step = orthogonal((u * spread) @ vt * 37.0, products)
+    assert step.dtype == torch.float32
+    values = torch.linalg.svdvals(step)
+    assert float(values.min()) > 0.8
+    assert float(values.max()) < 1.2
+    turned = u.mT @ step @ vt.mT  # the same directions, only their lengths differ
+    off = turned - torch.diag_embed(turned.diagonal(dim1=-2, dim2=-1))
+    assert float(off.abs().max()) < error
+
+
+def test_the_iteration_is_the_published_polynomial() -> None:
+    """Step by step, a x + (b x x^T + c (x x^T)^2) x: on singular values, s -> a s + b s^3 + c s^5."""
+    u, s, vt = torch.linalg.svd(torch.randn(2, 6, 10, dtype=torch.float64), full_matrices=False)
+    values = s / (s.norm(dim=-1, keepdim=True) * 1.02 + 1e-7)
+    for a, b, c in STEPS:
+        values = a * values + b * values**3 + c * values**5
+    found = orthogonal((u * s[:, None]) @ vt, torch.float64)
+    torch.testing.assert_close(found, (u * values[:, None]) @ vt)
 
 
 def test_muon_lowers_a_quadratic() -> None:

@@ -7,12 +7,14 @@ steps: O = U V^T for momentum = U S V^T. Matrices of one shape are stacked, so t
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from headway import machine
 from headway.recipe import OptimizerSpec
 
 # Found by You Jiacheng (2025), in use in modded-nanogpt: five steps bring all but tiny singular values near one
-_STEPS = (
+STEPS = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
     (3.7418, -5.5913, 2.3037),
@@ -22,7 +24,11 @@ _STEPS = (
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised Nesterov momentum for matrices; the step is scaled by sqrt(rows / columns) where tall."""
+    """Orthogonalised Nesterov momentum for matrices; the step is scaled by sqrt(rows / columns) where tall.
+
+    The products run in bf16 where the machine is fast at it, whatever the model's precision: a direction right to two
+    digits is all they are for, and momentum and weights stay as they are.
+    """
 
     def __init__(
         self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
@@ -30,6 +36,7 @@ class Muon(torch.optim.Optimizer):
         shapes = sorted({tuple(p.shape) for p in parameters})
         groups = [{"params": [p for p in parameters if tuple(p.shape) == shape]} for shape in shapes]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.products = torch.bfloat16 if machine.fast_bf16() else torch.float32
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -45,19 +52,23 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(kept, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, kept, group["momentum"])
             rows, columns = parameters[0].shape
-            step = orthogonal(torch.stack(ahead)) * max(1.0, rows / columns) ** 0.5
+            step = orthogonal(torch.stack(ahead), self.products)
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, list(step.unbind()), alpha=-group["lr"])
+            torch._foreach_add_(parameters, step.unbind(), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest orthogonal matrix of each in a stack of them, nearly: singular values come out about one."""
+def orthogonal(matrices: Float[Tensor, "N R C"], products: torch.dtype = torch.float32) -> Float[Tensor, "N R C"]:
+    """The nearest orthogonal matrix of each in a stack of them, nearly: singular values come out about one.
+
+    `products` is the precision of the iteration x <- a x + (b x x^T + c (x x^T)^2) x, on the smaller side of x.
+    """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)
-    for a, b, c in _STEPS:
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)).to(products)
+    for a, b, c in STEPS:
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    x = x.to(matrices.dtype)
     return x.mT if tall else x
 
 
