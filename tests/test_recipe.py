@@ -119,6 +119,18 @@ def test_a_recipe_in_another_encoding_is_named_by_its_byte(tmp_path: Path) -> No
     assert refusal(path) == f"{path}: not UTF-8 at byte 9; save the recipe as UTF-8"
 
 
+def test_a_key_that_stands_twice_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: a\noptimizer:\n  lr: 1\n  warmup: 2\n  lr: 3\n", "utf-8")
+    assert f"{path}:5: 'lr' stands twice; keep one of them" in refusal(path)
+
+
+def test_a_recipe_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("a: &a [*a, *a]\n", "utf-8")
+    assert "holds itself" in refusal(path)
+
+
 @pytest.mark.parametrize("text", ["", "just words", "- a\n- b\n", "7"])
 def test_a_file_that_holds_no_mapping_is_no_recipe(tmp_path: Path, text: str) -> None:
     path = tmp_path / "recipe.yaml"
@@ -181,7 +193,7 @@ def test_what_is_not_set_stays() -> None:
         ("optimizer.lr=[", "not valid YAML"),
         ("optimiser.lr=1", "did you mean 'optimizer'?"),
         ("name.deep=1", "has no keys"),
-        ("model.encoder.blocks.7.norm=rms", "no place in a list of 1"),
+        ("model.encoder.blocks.7.norm=rms", "no place in a list of 2"),
         ("optimizer.lr=fast", "optimizer.lr"),
     ],
 )

@@ -141,11 +141,34 @@ def _parse(source: str | Path) -> tuple[dict[str, Any], str]:
     else:
         raise ValueError(f"no recipe '{source}': neither a file nor built in{nearest(str(source), built_in())}")
     try:
+        if twice := _twice(yaml.compose(text, Loader=yaml.SafeLoader)):
+            raise ValueError(f"{where}:{twice.start_mark.line + 1}: '{twice.value}' stands twice; keep one of them")
         data = number(yaml.safe_load(text))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ValueError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: a list or mapping in it holds itself (an alias, *); write it out") from None
     if not isinstance(data, dict):
         raise ValueError(f"{where}: a recipe is a mapping of keys to values; this file holds {type(data).__name__}")
     return data, where
+
+
+def _twice(root: Any) -> Any:
+    """The first key that a mapping of a YAML tree holds a second time; YAML itself would let the last one win."""
+    waiting, visited = [root], set()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in visited or not isinstance(getattr(node, "value", None), list):
+            continue
+        visited.add(id(node))  # an alias can make a tree a maze
+        seen = set()
+        for child in node.value:
+            key, inner = child if isinstance(child, tuple) else (None, child)  # a mapping's child, or a sequence's
+            waiting.append(inner)
+            if key is not None and isinstance(key.value, str):
+                if key.value in seen:
+                    return key
+                seen.add(key.value)
+    return None
