@@ -9,22 +9,28 @@ dense products within a chunk, one carried state between chunks. No exponent is 
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+FORGOTTEN = -1e4  # exp of it is 0 in every precision, and unlike -inf it has differences
 
 
 def stepwise(
-    q: Float[Tensor, "B H T K"],
-    k: Float[Tensor, "B H T K"],
+    q: Float[Tensor, "B G T K"],
+    k: Float[Tensor, "B G T K"],
     v: Float[Tensor, "B H T V"],
     *,
     decay: Float[Tensor, "B H T"] | Float[Tensor, "B H T K"] | None = None,
     state: Float[Tensor, "B H K V"] | None = None,
 ) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V"]]:
-    """The definition. `decay` is a log, <= 0: a number a head and token, or one a key channel. Outputs and last S."""
+    """The definition. Returns the outputs and the last S.
+
+    `decay` is a log, <= 0: a number a head and token, or one a key channel. G is H, or 1: one q and k for all heads.
+    """
     s = _empty(k, v) if state is None else state
     keep = None if decay is None else (decay if decay.ndim == 4 else decay[..., None]).exp().to(s.dtype)
     shares = itertools.repeat(None) if keep is None else keep.unbind(2)
@@ -37,8 +43,8 @@ def stepwise(
 
 
 def recur(
-    q: Float[Tensor, "B H T K"],
-    k: Float[Tensor, "B H T K"],
+    q: Float[Tensor, "B G T K"],
+    k: Float[Tensor, "B G T K"],
     v: Float[Tensor, "B H T V"],
     *,
     decay: Float[Tensor, "B H T"] | Float[Tensor, "B H T K"] | None = None,
@@ -50,16 +56,18 @@ def recur(
     if length == 1:
         return stepwise(q, k, v, decay=decay, state=state)
     size = _chunk_size(length, chunk, decay is not None and decay.ndim == 4)
+    if decay is not None and decay.ndim == 4:
+        q, k = q.expand(decay.shape), k.expand(decay.shape)
     q, k, v = (_chunks(t, size) for t in (q, k, v))
     if decay is None:
-        y = (q @ k.mT).tril() @ v
+        since, y = None, (q @ k.mT).tril_() @ v
         entering, last = _carry(k.mT @ v, None, state)
     else:
         scores, since, until = (_by_channel if decay.ndim == 4 else _by_head)(q, k, _chunks(decay, size))
-        y, q = scores @ v, q * since.to(q.dtype)
+        y = scores @ v
         entering, last = _carry((k * until.to(k.dtype)).mT @ v, since[..., -1, :, None], state)
     if entering is not None:
-        y = y + q @ entering.to(q.dtype)
+        y = y + (q if since is None else q * since.to(q.dtype)) @ entering.to(q.dtype)
     return y.flatten(2, 3)[:, :, :length], last
 
 
@@ -108,10 +116,11 @@ def delta(
     q, k, v, beta, decay = (_chunks(t, size).to(_wide(v)) for t in (q, k, v, beta, decay))
     between, since, until = _decays(decay)
     beta = beta[..., None]
+    owed = beta * k
+    system = (owed @ k.mT) * between  # its diagonal is never read: taken as ones
     wanted = beta * v
     if state is not None or k.shape[2] > 1:  # what S_0 already says matters only where there is an S_0
-        wanted = torch.cat([wanted, beta * since * k], -1)
-    system = beta * between * (k @ k.mT)  # its diagonal is never read: taken as ones
+        wanted = torch.cat([wanted, since * owed], -1)
     solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
     entering, last, u = _corrected(solved, (k * until).mT, since[..., -1, :, None], state, v.shape[-1])
     y = (between * (q @ k.mT)) @ u
@@ -120,21 +129,70 @@ def delta(
     return y.flatten(2, 3)[:, :, :length].to(dtype), last
 
 
-def flops(length: int, key_dim: int, value_dim: int, kind: str, chunk: int = 64) -> int:
-    """Of the matrix products of one head, from no state: `kind` is none, head or channel (the decay), or delta."""
+def flops(
+    length: int, heads: int, key_dim: int, value_dim: int, kind: str, *, shared: bool = False, chunk: int = 64
+) -> int:
+    """Of the matrix products, from no state. `kind` is the decay, one of none, fixed (a head, and not learned), head,
+    channel, or it is delta; `shared`: one q and k for all heads."""
+    update = heads * key_dim * value_dim  # a token written to the state, or read from it
     if length == 1:
-        return 2 * key_dim * value_dim * (2 if kind == "delta" else 1)
+        return 2 * update * (2 if kind == "delta" else 1)
     size = _chunk_size(length, chunk, kind == "channel")
     count = -(-length // size)
-    scores, update = size * size * key_dim, size * key_dim * value_dim
+    scores = size * size * key_dim * (1 if shared and kind != "channel" else heads)
     if kind == "channel":
-        scores = sum(size * half * key_dim // 2 for half in _halvings(size))
+        scores = heads * sum(size * half * key_dim // 2 for half in _halvings(size))
     if kind == "delta":
         scores *= 2
-    products = count * (scores + size * size * value_dim + update)
+    products = count * (scores + size * (heads * size * value_dim + update))
     if count > 1:  # reading the states that enter the chunks; the first of them is nothing to correct
-        products += update * (count + (count - 1 if kind == "delta" else 0))
+        products += size * update * (count + (count - 1 if kind == "delta" else 0))
     return 2 * products
+
+
+def kept_bytes(
+    length: int, heads: int, key_dim: int, value_dim: int, kind: str, *, shared: bool = False, chunk: int = 64
+) -> int:
+    """What autograd keeps of such a call for the way back, about, in single precision."""
+    size = _chunk_size(length, chunk, kind == "channel")
+    groups = 1 if shared and kind != "channel" else heads
+    squares = {"none": heads, "fixed": 2 * heads, "head": 2 * heads + groups, "channel": heads, "delta": 5 * heads}[
+        kind
+    ]  # C x C
+    rows = {"none": 2 * groups, "channel": 0, "delta": 4 * heads}.get(kind, 2 * groups + heads)  # C x K
+    if kind == "channel":
+        rows = heads * (5 + 2 * len(_halvings(size)))
+    values = heads * value_dim * (3 if kind == "delta" else 1)
+    states = 0
+    if length > size:
+        rows += heads * {"none": 0, "delta": 3}.get(kind, 1)
+        states = heads * key_dim * value_dim * (1 if kind == "none" else 2) // size
+    return 4 * length * (squares * size + rows * key_dim + values + states)
+
+
+class Steps(nn.Module):
+    """Data-dependent steps and the decay they bring: step = softplus(x + bias), decay = -exp(a_log) step, one a head.
+
+    It starts as Mamba does (2312.00752, section 3.6; 2405.21060): steps log-uniform from 0.001 to 0.1 and rates from
+    1 to 16, so that the heads remember over very different spans. A start at zero would have them all forget alike.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        step = torch.exp(torch.empty(heads).uniform_(math.log(0.001), math.log(0.1)))
+        self.a_log = nn.Parameter(torch.empty(heads).uniform_(1, 16).log())
+        self.bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus of it is `step`
+
+    def forward(self, x: Float[Tensor, "B T H"]) -> tuple[Float[Tensor, "B H T"], Float[Tensor, "B H T"]]:
+        """Steps and decays, in single precision at least: a decay acts through sums over all of the past."""
+        step = F.softplus(x.to(_wide(x)) + self.bias).transpose(1, 2)
+        return step, -self.a_log.exp()[:, None] * step
+
+
+def restart(decay: Tensor, segments: Int[Tensor, "B T"]) -> Tensor:
+    """`decay` with everything forgotten where a packed sequence starts; each stands in one piece."""
+    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return decay.masked_fill(first[:, None] if decay.ndim == 3 else first[:, None, :, None], FORGOTTEN)
 
 
 # --- Chunks, and the decays within one
@@ -163,7 +221,7 @@ def _decays(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gap = (total[..., :, None] - total[..., None, :]).to(_wide(decay))
     ahead = torch.ones(gap.shape[-2:], dtype=torch.bool, device=gap.device).triu(1)
     since, until = total[..., None].exp(), (total[..., -1:] - total)[..., None].exp()
-    return gap.masked_fill(ahead, float("-inf")).exp(), since.to(gap.dtype), until.to(gap.dtype)
+    return gap.masked_fill_(ahead, float("-inf")).exp_(), since.to(gap.dtype), until.to(gap.dtype)
 
 
 def _by_head(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,4 +306,4 @@ def _wide(t: Tensor) -> torch.dtype:
 
 
 def _empty(k: Tensor, v: Tensor) -> Tensor:
-    return k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=_wide(v))
+    return v.new_zeros(*v.shape[:2], k.shape[-1], v.shape[-1], dtype=_wide(v))
