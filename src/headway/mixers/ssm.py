@@ -106,7 +106,7 @@ class Ssm(Mixer):
                 same = segments == F.pad(segments, (reach - i, 0))[:, :length]
                 seen = seen.masked_fill(~same[..., None], 0.0)
             y = torch.addcmul(y, seen, tap)
-        return y, x[:, length:]
+        return y, x[:, length:].clone()  # a view would hold the whole prompt
 
     def _spread(self, x: Tensor) -> Float[Tensor, "B G T N"]:
         """One B or C for all heads as it is; those of several groups, one a head."""
