@@ -8,6 +8,7 @@ A claim is left out only where the mixer's `CAN` says that it does not apply; th
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from headway import mixers
 from headway.attend import forced, listening
 from headway.mask import Mask
+from headway.mixers import Cost
 from headway.positions import build_positions, positions_of
 from headway.spec import PositionSpec, convert
 from headway.state import State
@@ -105,6 +107,12 @@ class Subject:
         if pos is None:
             pos = positions_of(mask.valid if context is None else None, x.shape[0], x.shape[1], x.device)
         return self.call(x, mask=mask, pos=pos, state=state, context=context)
+
+    def cost(self, length: int, mask: Mask, context_length: int | None = None) -> Cost:
+        """What it states; where its two directions differ in cost, `cost` takes `causal` besides."""
+        if "causal" in inspect.signature(self.mixer.cost).parameters:
+            return self.mixer.cost(length, context_length, causal=mask.causal)  # type: ignore[call-arg]
+        return self.mixer.cost(length, context_length)
 
     def stream(self, x: Tensor, pos: Tensor, chunks: tuple[int, ...], state: State) -> Tensor:
         """The outputs of a stream of chunks; a chunk is told of its own padding only, and only where it has some."""
@@ -244,7 +252,7 @@ def compiled_equals_eager(s: Subject) -> None:
 def every_parameter_gets_a_gradient(s: Subject) -> None:
     for mask, context in s.uses(plain=True):
         s.mixer.zero_grad()
-        y = s(s.tokens(), mask, context=context)
+        y = s(s.tokens().requires_grad_(), mask, context=context)  # a mixer may have no parameter
         (y * torch.randn_like(y)).sum().backward()
         for name, parameter in s.mixer.named_parameters():
             if parameter.requires_grad:
@@ -277,7 +285,7 @@ def flops_are_as_stated(s: Subject) -> None:
         blind = torch.backends.mkldnn.flags(enabled=False)
         with warnings.catch_warnings(action="ignore"), blind, forced("reference"), counter:
             s(s.tokens(1), mask, context=context)
-        counted, stated = counter.get_total_flops(), s.mixer.cost(LENGTH, None if context is None else CONTEXT).flops
+        counted, stated = counter.get_total_flops(), s.cost(LENGTH, mask, None if context is None else CONTEXT).flops
         assert counted == stated, f"{counted} under {_name(mask, context)}, and cost() says {stated}"
 
 
@@ -303,7 +311,7 @@ def activations_are_as_stated(s: Subject) -> None:
         ):
             y = s(x, mask, context=context)
         assert y.requires_grad, "the output has no gradient"
-        held, stated = sum(kept.values()), s.mixer.cost(length, None if context is None else length).activation_bytes
+        held, stated = sum(kept.values()), s.cost(length, mask, None if context is None else length).activation_bytes
         slack = 0.25 * held + 8 * length * s.width
         assert abs(held - stated) <= slack, f"{held} under {_name(mask, context)}, and cost() says {stated}"
 
