@@ -1,0 +1,51 @@
+"""Identity: the control that mixes nothing; y_t = W x_t, the output map that every mixer has, and no more.
+
+What a model with it reaches is owed to everything but mixing (the "feed-forward only" rows of 2105.03824 and
+2111.11418). A token sees itself alone, so every mask holds by itself.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headway.layers import residual_output
+from headway.mask import Mask
+from headway.mixers import Cost, Mixer
+from headway.positions import Positions
+from headway.state import Recurrent, State
+
+
+class Identity(Mixer):
+    """No mixing at all."""
+
+    CAN: ClassVar = frozenset(
+        {"causal", "bidirectional", "padding", "segments", "window", "sinks", "prefix", "globals", "stream"}
+    )
+
+    def __init__(self, width: int, *, positions: Positions | None = None) -> None:
+        super().__init__()
+        self.width = width
+        self.out = residual_output(nn.Linear(width, width))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        state: State | None = None,
+        context: Float[Tensor, "B S C"] | None = None,
+    ) -> Float[Tensor, "B T C"]:
+        self.require(mask, state, context)
+        if not isinstance(state, Recurrent | None):
+            raise ValueError(f"identity streams with a Recurrent state, not {type(state).__name__}: use init_state")
+        return self.out(x)
+
+    def init_state(self, batch: int, capacity: int, cross: bool = False) -> State:
+        return Recurrent()
+
+    def cost(self, length: int, context_length: int | None = None) -> Cost:
+        return Cost(flops=2 * length * self.width**2, state_bytes=0, activation_bytes=4 * length * self.width)
