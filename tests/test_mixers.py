@@ -14,7 +14,8 @@ from headway.mixers import Mixer
 from headway.positions import Positions
 from headway.testing import check_mixer
 
-NEEDED: dict[str, dict[str, Any]] = {"attention": {"heads": 4}}  # options that have no default
+# Options that have no default.
+NEEDED: dict[str, dict[str, Any]] = {"attention": {"heads": 4}, "linformer": {"heads": 4}}
 FURTHER: list[tuple[str, dict[str, Any]]] = [
     ("attention", {"heads": 4, "kv_heads": 2}),
     ("attention", {"heads": 4, "kv_heads": 1, "bias": True, "positions": "alibi"}),

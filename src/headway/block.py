@@ -162,6 +162,10 @@ class Stack(nn.Module):
         self.dropout = Dropout(dropout)
         self.blocks: Any = nn.ModuleList(build_block(block, width, self.positions.inside, dropout) for block in blocks)
         self.norm = NORMS[blocks[-1].norm](width) if spec.final_norm else nn.Identity()
+        for slot in ("mixer", "cross"):
+            inner = [part.inner for block in self.blocks if (part := getattr(block, slot)) is not None]
+            for i, mixer in enumerate(inner):
+                mixer.tie(inner[:i])
 
     @property
     def branches(self) -> int:

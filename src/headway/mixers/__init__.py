@@ -11,6 +11,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -61,6 +62,10 @@ class Mixer(nn.Module):
     def cost(self, length: int, context_length: int | None = None) -> Cost:
         """Of one row of `length` tokens, forward, unpadded, in fp32; `state_bytes` after streaming them."""
         raise TypeError(f"{type(self).__name__} states no cost")
+
+    def tie(self, earlier: Sequence[Mixer]) -> None:
+        """Takes from `earlier`, the mixers in this slot of the stack's blocks below, what layers share; most share
+        nothing."""
 
     def require(self, mask: Mask, state: State | None = None, context: Tensor | None = None) -> None:
         """Refuses loudly what this mixer cannot honour."""
