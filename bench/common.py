@@ -34,13 +34,6 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def gemm_peak() -> float:
-    """fp32 FLOP/s of a large matrix product: what this machine can do at best."""
-    a = torch.randn(2048, 2048)
-    seconds = interleave({"gemm": lambda: a @ a}, 8)["gemm"]
-    return 2 * 2048**3 / min(seconds)
-
-
 def save(name: str, figures: dict[str, Any]) -> None:
     """Writes `results/NAME.json` and prints it."""
     RESULTS.mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import gemm_peak, interleave, save, spread
+from common import interleave, save, spread
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +21,7 @@ from headway.attend import forced
 from headway.data.batches import IGNORE, Batch
 from headway.generate.search import greedy
 from headway.hub import Loaded
+from headway.machine import gemm_peak
 from headway.recipe import OptimizerSpec
 from headway.text import BOS, EOS
 from headway.train.data import prepare

@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,22 +48,60 @@ def versions() -> dict[str, str]:
     return {"headway": headway.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-class Peak:
-    """The most memory held since this was made: the process's on a CPU (`bytes`), the allocator's on a GPU."""
+def gemm_peak(on: torch.device | None = None) -> float:
+    """fp32 FLOP/s of a large matrix product, the best of eight: what this machine can do."""
+    on = on or torch.device("cpu")
+    size = 2048 if on.type == "cpu" else 8192
+    a, seconds = torch.randn(size, size, device=on), []
+    for _ in range(9):
+        synchronise(on)
+        began = time.perf_counter()
+        a @ a
+        synchronise(on)
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / min(seconds[1:])
 
-    def __init__(self) -> None:
+
+def synchronise(on: torch.device) -> None:
+    """Waits until a GPU has done what it was told, which a clock must."""
+    if on.type == "cuda":
+        torch.cuda.synchronize(on)
+
+
+def free_memory(on: torch.device) -> int | None:
+    """Bytes that a process may still take without harm to others; None where the machine does not tell."""
+    if on.type == "cuda":
+        return torch.cuda.mem_get_info(on)[0]
+    try:
+        text = Path("/proc/meminfo").read_text("utf-8")
+        return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+class Peak:
+    """The most memory held since this was made: the process's on a CPU (`bytes`), the allocator's on a GPU.
+
+    `exact` tells whether the system forgot the process's earlier peak; where it cannot, `bytes` is an upper bound.
+    """
+
+    def __init__(self, on: torch.device | None = None) -> None:
+        self.on = on or device()
+        self.exact = True
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        if self.on.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.on)
             return
         _give_back_freed_memory()
-        with suppress(OSError):  # where it fails, the mark is that of the whole process, an upper bound
+        try:
             Path("/proc/self/clear_refs").write_text("5", "utf-8")  # Linux forgets the highest mark
+        except OSError:
+            self.exact = False
 
     @property
     def bytes(self) -> int:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
+        if self.on.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.on)
         try:
             status = Path("/proc/self/status").read_text("utf-8")
             line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
