@@ -106,6 +106,52 @@ def run(
         sys.stdout.flush()
 
 
+@app.command()
+def cost(
+    mixers: Annotated[
+        str,
+        typer.Option(metavar="A,B", help="What to measure, as in longformer:window=256,kernel:sdpa (default: all)."),
+    ] = "",
+    lengths: Annotated[str, typer.Option(help="FIRST..LAST doubles; A,B,C lists.")] = "512..65536",
+    width: Annotated[int, typer.Option(min=1, help="Width of a token.")] = 512,
+    heads: Annotated[int, typer.Option(min=1, help="Heads, where a mixer has heads.")] = 8,
+    train: Annotated[bool, typer.Option("--train", help="Forward and backward instead of forward.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: a GPU where there is one).")] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds that a point may take; longer lengths are skipped.")] = 5.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to a file.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with plots and tables.")] = None,
+    plugin: Plugin = None,
+) -> None:
+    """Measure time and memory of every mixer and kernel by length here, and from where each beats full attention."""
+    _import(plugin)
+    from headway.compare.cost import check_writable, measure, save
+    from headway.compare.cost_subjects import entries_of, lengths_of
+    from headway.display import CostLive, cost_summary
+
+    chosen, tokens = entries_of(mixers), lengths_of(lengths)
+    for file in (json_file, html):
+        check_writable(file)
+    if json_file and json_file == html:
+        raise ValueError(f"--json and --html both name {html}: name two files")
+    if html:
+        from headway.compare.cost_page import write_cost_page  # jinja2 is an extra: better missed before measuring
+    with CostLive() as live:
+        results = measure(
+            chosen, lengths=tokens, width=width, heads=heads, train=train, device=device, seconds=seconds,
+            watch=live.watch,
+        )  # fmt: skip
+    cost_summary(results)
+    if json_file:
+        save(results, json_file)
+        typer.echo(f"Figures: {json_file}")
+    if html:
+        write_cost_page(results, html)
+        typer.echo(f"Page: {html}")
+    if results["stopped"]:
+        typer.echo("Stopped before the end: what had been measured is above.", err=True)
+        raise typer.Exit(130)
+
+
 def _compare(recipe: str, out: Path | None, resume: bool, overwrite: bool, set: list[str] | None, again: str) -> None:
     import headway
     from headway.compare import best

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -13,6 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from headway.train.loop import Status
+
+if TYPE_CHECKING:
+    from headway.compare.cost import Event
 
 console = Console()
 
@@ -102,7 +106,7 @@ def summary(results: Sequence[dict[str, Any]], phonemes: bool) -> None:
 
 
 def _print(title: str, headings: Sequence[str], results: Sequence[dict[str, Any]], rows: list[list[Text]]) -> None:
-    """One row a model; narrow enough for a terminal of 80 columns."""
+    """One row a model or mixer; narrow enough for a terminal of 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column(title, vertical="bottom")
     for heading in headings:
@@ -120,3 +124,118 @@ def _best(values: Sequence[int | float], less: bool | None) -> int | None:
 
 def _marked(text: str, is_best: bool) -> Text:
     return Text(f"{text}*", "bold green") if is_best else Text(f"{text} ")
+
+
+# --- headway cost
+
+
+class CostLive:
+    """One bar over all points: what is being measured, and the time left by what was measured so far."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[left]}", style="cyan"),
+            console=console,
+            refresh_per_second=4,
+            transient=True,
+        )
+        self.task = self.progress.add_task("", total=None, count="", left="")
+
+    def __enter__(self) -> CostLive:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.progress.live.is_started:
+            self.progress.stop()
+
+    def watch(self, event: Event) -> None:
+        left = f"{'at most' if event.bound else 'about'} {int(event.left) // 60}:{int(event.left) % 60:02d} left"
+        what = f"{event.title} at {event.length:,}"
+        self.progress.start()  # with the first event, so that a mistake of the user's shows no bar
+        count = f"{event.done} of {event.total}"
+        self.progress.update(
+            self.task, description=what, completed=event.done, total=event.total, count=count, left=left
+        )
+
+
+def cost_summary(results: dict[str, Any]) -> None:
+    """Milliseconds by length as a table and as plots, growth and figures at one length, what is missing and why."""
+    from headway.compare.cost_words import missing, verdict
+
+    records = [r for r in results["subjects"] if any("seconds" in p for p in r["points"])]
+    keys = dict(zip((r["title"] for r in records), string.ascii_letters + "?" * len(records), strict=False))
+    if records:
+        _print_by_length(records, keys, results["settings"]["lengths"])
+        for kernel in (False, True):
+            if some := [r for r in records if r["job"]["kernel"] == kernel]:
+                _print_plot(some, keys, results["settings"]["lengths"])
+                console.print()
+        _print_beside_full(records, keys)
+    for title, where, reason in missing(results["subjects"]):
+        console.print(f"{title}, {where} tokens, {reason}", style="dim", highlight=False, markup=False)
+    console.print(f"\n{verdict(results['subjects'])}", highlight=False, markup=False)
+
+
+def _print_by_length(records: list[dict[str, Any]], keys: dict[str, str], lengths: Sequence[int]) -> None:
+    from headway.compare.cost_words import DASH, measured, milliseconds
+
+    rows = []
+    for record in records:
+        points = measured(record)
+        rows.append(
+            [Text(milliseconds(points[n]["seconds"]["median"]) if n in points else DASH) for n in sorted(lengths)]
+        )
+    titled = [{"title": Text(f"{keys[r['title']]} {r['title']}")} for r in records]
+    _print("milliseconds at", [f"{n:,}" for n in sorted(lengths)], titled, rows)
+
+
+def _print_beside_full(records: list[dict[str, Any]], keys: dict[str, str]) -> None:
+    from headway.compare.cost_words import DASH, common_length, growth, measured, size
+    from headway.compare.figures import compact
+
+    length = common_length(records)
+    rows = []
+    for record in records:
+        point = measured(record).get(length or 0)
+        figures = [DASH] * 3
+        if point:
+            extra, share = point["peak_extra_bytes"], point["share_of_peak"]
+            figures = [
+                compact(point["tokens_per_second"]),
+                DASH if extra is None else size(extra),
+                f"{share:.0%}" if share else DASH,
+            ]
+        faster = record["crossover"]["words"] if record["crossover"] else "(full attention)"
+        rows.append([Text(text) for text in (growth(record), faster, *figures)])
+    titled = [{"title": Text(f"{keys[r['title']]} {r['title']}")} for r in records]
+    headings = ("growth", "faster than\nfull attention", "tokens/s", "extra\nmemory", "of\npeak")
+    _print(f"at {length:,} tokens", headings, titled, rows)
+    console.print("growth: b of time ~ length^b, fitted to the upper half of the lengths", style="dim")
+
+
+def _print_plot(records: list[dict[str, Any]], keys: dict[str, str], lengths: Sequence[int], rows: int = 18) -> None:
+    """Time by length, both logarithmic; each mixer is its letter, and those that are equal stand side by side."""
+    from headway.compare.cost_words import measured
+
+    points = [
+        (keys[r["title"]], n, math.log10(1000 * p["seconds"]["median"]))
+        for r in records
+        for n, p in measured(r).items()
+    ]
+    low, high = min(t for _, _, t in points), max(t for _, _, t in points)
+    place = lambda t: round((t - low) / (high - low or 1.0) * (rows - 1))
+    cells: dict[tuple[int, int], str] = {}
+    for key, n, t in points:
+        cells[place(t), n] = cells.get((place(t), n), "") + key
+    width = max(6, (console.width - 12) // len(lengths))
+    powers = {place(p): f"{10.0**p:,g} ms" for p in range(math.ceil(low), math.floor(high) + 1)}
+    for row in reversed(range(rows)):
+        shown = [cells.get((row, n), "") for n in lengths]
+        shown = [cell if len(cell) < width else f"{cell[: width - 2]}+" for cell in shown]
+        line = f"{powers.get(row, ''):>10} |" + "".join(f"{cell:>{width}}" for cell in shown)
+        console.print(line.rstrip(), highlight=False, markup=False, soft_wrap=True)
+    axis = "".join(f"{n:>{width},}" for n in lengths)
+    console.print(f"{'tokens':>10} |{axis}", highlight=False, markup=False, soft_wrap=True)

@@ -25,6 +25,7 @@ from headway.compare.figures import (
     finite_points,
     heat_map,
     line_chart,
+    listed,
     number,
     whole_text,
 )
@@ -46,14 +47,23 @@ Model = Mapping[str, Any]
 
 def write_report(results: Mapping[str, Any], path: Path) -> None:
     """Write the page for `results` (the contents of results.json) to `path`, whole or not at all."""
+    write_page(render(results), path)
+
+
+def write_page(text: str, path: Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # "replace": a lone surrogate in somebody's data must not cost them the whole page.
-    write_text(path, render(results).encode("utf-8", errors="replace").decode("utf-8"))
+    write_text(path, text.encode("utf-8", errors="replace").decode("utf-8"))
 
 
 def render(results: Mapping[str, Any]) -> str:
     """The page as text."""
+    return filled("report.html.j2", page(results))
+
+
+def filled(template: str, values: Mapping[str, Any]) -> str:
+    """One of `templates/` with its values, every string of them escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -61,7 +71,7 @@ def render(results: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(page(results))
+    return environment.get_template(template).render(values)
 
 
 def page(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,10 +142,6 @@ def when(created: Any) -> str:
     except ValueError:
         return str(created or "")
     return f"{moment.day} {moment:%B %Y, %H:%M} {moment.tzname() or ''}".strip()
-
-
-def listed(items: Sequence[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 # --- the two sentences at the top -------------------------------------------------------------------------------------
