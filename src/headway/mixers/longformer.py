@@ -1,0 +1,386 @@
+"""Longformer: a token sees a window around itself, dilated or not; a few global tokens see all and are seen by all.
+
+y_t = softmax(q_t K_N^T / sqrt(D)) V_N, N = {t + d j: -left <= j <= right} and the global tokens (arXiv 2004.05150);
+for a global token N is everything, and it may look with a query, keys and values of its own. A window dilated by d is
+a plain window over every d-th token, so all of it runs on `attend`, in memory that grows with tokens x window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import groupby
+from typing import Annotated, Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from msgspec import Meta
+from torch import Tensor, nn
+
+from headway.attend import attend, kept_bytes
+from headway.kernels import Call
+from headway.layers import residual_output
+from headway.mask import Mask
+from headway.mixers import Cost, Mixer
+from headway.positions import Positions
+from headway.spec import Size
+from headway.state import Ring, State
+
+Reach = Annotated[int, Meta(ge=0, le=2**24)]
+Window = tuple[int | None, int | None]
+HIDDEN = 200.0  # minus its square is added to a score that must not count: within fp16, and no exponential is left
+
+
+def reference(
+    mixer: Longformer, x: Float[Tensor, "B T C"], mask: Mask, pos: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T C"]:
+    """The definition, over all pairs of tokens, a head at a time."""
+    is_global = torch.zeros_like(pos, dtype=torch.bool) if mask.globals is None else mask.is_global(pos)
+    step = pos[:, None, :] - pos[:, :, None]  # B T S
+    left, right = mixer.window
+    own = mixer.project(x, pos)
+    of_globals = own if mixer.global_query is None else mixer.project_global(x, pos, x, pos)
+    heads = []
+    for head, every in enumerate(mixer.dilations):
+        near = (step % every == 0) & (step >= -left * every) & (step <= right * every)
+        allowed = mask.allows(pos, pos) & (near | is_global[:, :, None] | is_global[:, None, :])
+        seen = []
+        for q, k, v in (own, of_globals):
+            scores = q[:, head] @ k[:, head].mT * mixer.head_dim**-0.5
+            shares = scores.masked_fill(~allowed, torch.finfo(x.dtype).min).softmax(-1) * allowed
+            seen.append(shares @ v[:, head])
+        heads.append(torch.where(is_global[..., None], seen[1], seen[0]))
+    return mixer.out(torch.cat(heads, -1))
+
+
+class Longformer(Mixer):
+    """Window attention with global tokens.
+
+    heads, head_dim (default: width / heads), bias: of the projections, as in `attention`. window: (left, right), steps
+    that a token sees to either side, or one number for both; each layer of a stack has its own. dilation: tokens a
+    step, one number or one a head. global_projections: global tokens look with queries, keys and values of their own,
+    as in published checkpoints; all others look at them with the ordinary ones.
+
+    Which tokens are global the mask says: `Mask(window=(None, None), globals=...)`, by position. They relax the layer's
+    window as they relax the mask's; a window of the mask narrows the layer's, and (None, None) leaves it as it is.
+    Under a causal mask a global token sees its past and is seen by what comes after it.
+    """
+
+    CAN: ClassVar = frozenset({"causal", "bidirectional", "padding", "segments", "window", "globals", "stream"})
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        positions: Positions | None = None,
+        heads: Size = 4,
+        head_dim: Size | None = None,
+        bias: bool = False,
+        window: Reach | tuple[Reach, ...] = 256,  # not tuple[Reach, Reach]: in a union, msgspec 0.22 crashes on it
+        dilation: Size | tuple[Size, ...] = 1,
+        global_projections: bool = False,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and width % heads:
+            raise ValueError(f"longformer: width {width} is no multiple of {heads} heads; set head_dim or other heads")
+        self.dilations = (dilation,) * heads if isinstance(dilation, int) else tuple(dilation)
+        if len(self.dilations) != heads:
+            raise ValueError(f"longformer: {len(self.dilations)} dilations for {heads} heads: give one, or one a head")
+        self.positions = positions or Positions()
+        if type(self.positions).bias is not Positions.bias:
+            scheme = type(self.positions).__name__.lower()
+            raise ValueError(f"longformer: {scheme} adds to the score of every pair, which is T x T: choose rotary")
+        self.width, self.heads, self.head_dim = width, heads, head_dim or width // heads
+        sides = (window, window) if isinstance(window, int) else tuple(window)
+        if len(sides) != 2:
+            raise ValueError(f"longformer: a window has two sides, left and right, and {list(sides)} has {len(sides)}")
+        self.window = (sides[0], sides[1])
+        inner = heads * self.head_dim
+        self.query_key = nn.Linear(width, 2 * inner, bias=bias)  # values apart: positions may replace the other two
+        self.value = nn.Linear(width, inner, bias=bias)
+        self.global_query, self.global_key, self.global_value = (
+            nn.Linear(width, inner, bias=bias) if global_projections else None for _ in range(3)
+        )
+        self.out = residual_output(nn.Linear(inner, width, bias=bias))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        state: State | None = None,
+        context: Float[Tensor, "B S C"] | None = None,
+    ) -> Float[Tensor, "B T C"]:
+        self.require(mask, state, context)
+        q, k, v = self.project(x, pos)
+        if state is not None:
+            ring = self._ring(state, mask)
+            begins = ring.length == 0  # then there is no past beyond the tokens at hand
+            remembered = ring.append(k, v, pos, padded=mask.valid is not None)
+            if not begins:
+                return self._leave(self._streamed(q, *remembered, mask, pos, ring.padded))
+        mask = _by_index(mask, pos)
+        apart = self.global_query is not None or max(self.dilations) > 1
+        slots = _slots(mask.globals) if apart and mask.globals is not None else None
+        parts = [self._near(q[:, run], k[:, run], v[:, run], every, mask, slots) for every, run in self._runs()]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        if slots is not None:
+            if self.global_query is not None:
+                q, k, v = self.project_global(x, pos, _take(x, slots.at), _take(pos, slots.at))
+            else:
+                q = _take(q.transpose(1, 2), slots.at).transpose(1, 2)
+            y = _with_global_rows(y, q, k, v, mask, slots)
+        return self._leave(y)
+
+    def project(
+        self, x: Float[Tensor, "B T C"], pos: Int[Tensor, "B T"]
+    ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
+        """Queries, keys and values, with their positions."""
+        q, k = self.query_key(x).chunk(2, -1)
+        return self._placed(q, pos), self._placed(k, pos), self._split(self.value(x))
+
+    def project_global(
+        self, x: Float[Tensor, "B T C"], pos: Int[Tensor, "B T"], x_q: Float[Tensor, "B Q C"], q_pos: Int[Tensor, "B Q"]
+    ) -> tuple[Float[Tensor, "B H Q D"], Float[Tensor, "B H T D"], Float[Tensor, "B H T D"]]:
+        """The queries of the tokens `x_q`, and the keys and values of all, that global tokens look with."""
+        assert self.global_query is not None and self.global_key is not None and self.global_value is not None
+        q, k, v = self.global_query(x_q), self.global_key(x), self.global_value(x)
+        return self._placed(q, q_pos), self._placed(k, pos), self._split(v)
+
+    def _split(self, projected: Tensor) -> Float[Tensor, "B H T D"]:
+        return projected.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+    def _placed(self, projected: Tensor, pos: Tensor) -> Float[Tensor, "B H T D"]:
+        return self.positions.rotate(self._split(projected), pos)
+
+    def _leave(self, y: Tensor) -> Tensor:
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    def _runs(self) -> list[tuple[int, slice]]:
+        """Neighbouring heads of one dilation, which are computed together."""
+        runs, start = [], 0
+        for every, same in groupby(self.dilations):
+            stop = start + len(list(same))
+            runs.append((every, slice(start, stop)))
+            start = stop
+        return runs
+
+    def _near(
+        self, q: Tensor, k: Tensor, v: Tensor, every: int, mask: Mask, slots: Slots | None
+    ) -> Float[Tensor, "B H T D"]:
+        """What tokens see in their windows and of the global tokens, for heads of one dilation."""
+        every = min(every, q.shape[2])  # from there on a token has only itself in reach
+        if every == 1:
+            return attend(q, k, v, replace(mask, window=_narrower(mask.window, self.window)))
+        fold = Fold(q.shape[0], q.shape[2], every, slots, q.device)
+        within, scale = fold.mask(mask, self.window), q.shape[3] ** -0.5
+        if slots is None:
+            return fold.back(attend(fold(q), fold(k), fold(v), within, scale=scale))
+        hidden, marks = _hiding(mask, slots, q.shape[2])
+        q, k, v = _beside(q, hidden), _beside(k, marks), _beside(v, 0 * marks)
+        return fold.back(attend(fold(q), fold(k), fold(v), within, scale=scale))[..., : self.head_dim]
+
+    def _ring(self, state: State, mask: Mask) -> Ring:
+        """The state, where this mask can be streamed: a token can see none that is yet to come or forgotten."""
+        if not isinstance(state, Ring):
+            raise ValueError(f"longformer streams with a Ring, not {type(state).__name__}: use init_state")
+        if not mask.causal:
+            raise ValueError("longformer streams only under a causal mask: without one, tokens yet to come are seen")
+        if "segments" in mask.facts:
+            raise ValueError("longformer cannot stream packed segments: stream one sequence a row")
+        if "globals" in mask.facts:
+            raise ValueError(
+                f"longformer: a stream remembers {state.window} tokens, and a global one sees all of its past: "
+                "leave globals out of the mask, or call without a state"
+            )
+        return state
+
+    def _streamed(
+        self, q: Tensor, k: Tensor, v: Tensor, k_pos: Tensor, mask: Mask, pos: Tensor, padded: bool
+    ) -> Float[Tensor, "B H T D"]:
+        """What new tokens see of those remembered and of themselves."""
+        (left, right), last = self.window, k.shape[2] - 1
+        alone = pos.shape[1] == 1 and not padded and mask.facts == {"causal"}
+        parts = []
+        for every, run in self._runs():
+            if alone:  # it sees every key of its own step that the window reaches, so no mask is needed
+                near = slice(max(last - left * every, last % every), None, every)
+                parts.append(attend(q[:, run], k[:, run, near], v[:, run, near]))
+                continue
+            within = replace(mask, valid=None) & Mask(window=(left * every, right * every))
+            if every > 1:  # tokens that are whole steps apart are a segment
+                within = within & Mask(segments=pos % every, key_segments=k_pos % every)
+            parts.append(attend(q[:, run], k[:, run], v[:, run], within, q_pos=pos, k_pos=k_pos))
+        return torch.cat(parts, 1)
+
+    def init_state(self, batch: int, capacity: int, cross: bool = False) -> State:
+        if cross:
+            raise ValueError("longformer reads no context: choose attention as the cross mixer")
+        return Ring(self.window[0] * max(self.dilations))
+
+    def cost(self, length: int, context_length: int | None = None) -> Cost:
+        """Without global tokens. FLOPs are those of the definition that a kernel is held to: all pairs of each
+        interleaved sequence, so a dilation of d divides them by d, and a window, of which kernels make use, does not.
+        """
+        inner, scores, kept = self.heads * self.head_dim, 0, 0
+        for dilation, run in self._runs():
+            every = min(dilation, length)
+            call = Call(
+                mask=Mask(window=self.window),
+                rows=every,
+                heads=run.stop - run.start,
+                kv_heads=run.stop - run.start,
+                queries=-(-length // every),
+                keys=-(-length // every),
+                head_dim=self.head_dim,
+                value_dim=self.head_dim,
+                dtype=torch.float32,
+                device=self.out.weight.device.type,
+                gradients=True,
+            )
+            scores += call.rows * call.heads * call.queries * call.keys
+            kept += kept_bytes(call)
+        together = max(self.dilations) == 1  # else the outputs are put in order once more
+        held = min(length, self.window[0] * max(self.dilations))
+        return Cost(
+            flops=2 * length * self.width * 4 * inner + 4 * scores * self.head_dim,
+            state_bytes=held * (8 * inner + 8),
+            activation_bytes=4 * length * (self.width + (4 if together else 5) * inner) + kept,
+        )
+
+
+class Slots(NamedTuple):
+    """Where the global tokens of each row stand, padded to the most in a row; `there` is false in the rest."""
+
+    at: Int[Tensor, "B G"]
+    there: Bool[Tensor, "B G"]
+
+
+class Fold:
+    """Tokens as `every` rows of every `every`-th token, the global ones in front of each row, where there are some.
+
+    In front, as sinks, they are seen from every row; behind, as ordinary keys, they are hidden, so as to count once.
+    """
+
+    def __init__(self, rows: int, length: int, every: int, slots: Slots | None, device: torch.device) -> None:
+        self.rows, self.length, self.every, self.slots, self.device = rows, length, every, slots, device
+        self.front = 0 if slots is None else slots.at.shape[1]
+
+    def __call__(self, t: Tensor) -> Tensor:
+        """B H T D -> (B every) H (G + T / every) D"""
+        lack = -self.length % self.every
+        steps = F.pad(t, (0, 0, 0, lack)) if lack else t
+        steps = steps.unflatten(2, (-1, self.every)).permute(0, 3, 1, 2, 4)
+        if self.slots is not None:
+            first = _take(t.transpose(1, 2), self.slots.at).transpose(1, 2)
+            steps = torch.cat([first[:, None].expand(-1, self.every, -1, -1, -1), steps], 3)
+        return steps.flatten(0, 1)
+
+    def back(self, t: Tensor) -> Tensor:
+        """(B every) H (G + T / every) D -> B H T D"""
+        steps = t[:, :, self.front :].unflatten(0, (-1, self.every)).permute(0, 3, 1, 2, 4)
+        return steps.flatten(1, 2)[:, : self.length].transpose(1, 2)
+
+    def mask(self, mask: Mask, window: tuple[int, int]) -> Mask:
+        """The mask over the folded tokens, whose indices count steps."""
+        valid = mask.valid
+        if self.slots is not None:
+            assert mask.globals is not None
+            valid = ~mask.globals if valid is None else valid & ~mask.globals
+        elif valid is None and self.length % self.every:
+            valid = torch.ones(self.rows, self.length, dtype=torch.bool, device=self.device)
+        folded = self._lowered(replace(mask, valid=valid, globals=None))
+        if self.slots is not None:
+            assert folded.valid is not None
+            folded.valid[:, : self.front] = self.slots.there.repeat_interleave(self.every, 0)
+        return replace(folded, window=_narrower(folded.window, window), sinks=self.front)
+
+    def _lowered(self, mask: Mask) -> Mask:
+        """Each fact in steps; the ends of a window are rounded down to whole ones."""
+        left, right = mask.window or (None, None)
+        whole = lambda side: None if side is None else side // self.every
+        return replace(
+            mask,
+            window=None if mask.window is None else (whole(left), whole(right)),
+            sinks=0 if mask.window is None else self.front,
+            globals=self._flat(mask.globals),
+            valid=self._flat(mask.valid),
+            segments=self._flat(mask.segments),
+            key_segments=self._flat(mask.key_segments),
+            also=tuple(self._lowered(other) for other in mask.also),
+        )
+
+    def _flat(self, t: Tensor | None) -> Tensor | None:
+        return None if t is None else self(t[:, None, :, None])[:, 0, :, 0]
+
+
+def _with_global_rows(y: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, slots: Slots) -> Tensor:
+    """`y` with what the global tokens see of all; `q` are their queries."""
+    over_all = replace(_cut(mask, slots.at, None), window=None, globals=None)
+    q_pos, k_pos = slots.at, torch.arange(k.shape[2], device=k.device).expand(len(k), -1)
+    if over_all.facts & {"causal", "window"}:
+        rows = attend(q, k, v, over_all, q_pos=q_pos, k_pos=k_pos)
+    else:
+        rows = attend(q, k, v, over_all)
+    index = slots.at[:, None, :, None].expand_as(rows)
+    return y.scatter(2, index, torch.where(slots.there[:, None, :, None], rows, y.gather(2, index)))
+
+
+def _hiding(mask: Mask, slots: Slots, length: int) -> tuple[Float[Tensor, "B T G"], Float[Tensor, "B T G"]]:
+    """Features beside queries and keys, one a slot, whose product hides from a query the global tokens that it must
+    not see (later ones under a causal mask) and is 0 for all others."""
+    places = torch.arange(length, device=slots.at.device)[None]
+    hidden = ~_cut(mask, None, slots.at).allows(places, slots.at)
+    marks = (slots.at[:, None] == places[..., None]) & slots.there[:, None]
+    return HIDDEN * hidden.expand_as(marks), -HIDDEN * marks
+
+
+def _by_index(mask: Mask, pos: Tensor) -> Mask:
+    """The same mask over indices. Within a sequence they rise as positions do, so that only flags need translation;
+    each tensor gets all rows."""
+    each = lambda t: None if t is None else t.expand(pos.shape[0], -1)
+    return replace(
+        mask,
+        globals=None if mask.globals is None else mask.is_global(pos),
+        valid=each(mask.valid),
+        segments=each(mask.segments),
+        key_segments=each(mask.key_segments),
+        also=tuple(_by_index(other, pos) for other in mask.also),
+    )
+
+
+def _slots(flags: Bool[Tensor, "B T"]) -> Slots | None:
+    size = int(flags.sum(1).max())  # the one question to a tensor's values
+    if size == 0:
+        return None
+    index = flags.int().argsort(dim=1, descending=True, stable=True)[:, :size]
+    return Slots(index, flags.gather(1, index))
+
+
+def _cut(mask: Mask, queries: Tensor | None, keys: Tensor | None) -> Mask:
+    """The mask between the tokens at these indices, all where None."""
+    theirs = mask.segments if mask.key_segments is None else mask.key_segments
+    return replace(
+        mask,
+        valid=_take(mask.valid, keys),
+        segments=_take(mask.segments, queries),
+        key_segments=_take(theirs, keys),
+        also=tuple(_cut(other, queries, keys) for other in mask.also),
+    )
+
+
+def _take(t: Tensor | None, index: Tensor | None) -> Any:
+    """Each row's entries at `index`."""
+    if t is None or index is None:
+        return t
+    return t.gather(1, index.view(*index.shape, *(1,) * (t.ndim - 2)).expand(*index.shape, *t.shape[2:]))
+
+
+def _beside(t: Float[Tensor, "B H T D"], features: Float[Tensor, "B T G"]) -> Float[Tensor, "B H T E"]:
+    return torch.cat([t, features[:, None].expand(-1, t.shape[1], -1, -1).to(t.dtype)], -1)
+
+
+def _narrower(mask: Window | None, own: tuple[int, int]) -> Window | None:
+    """Both are relaxed by the same global tokens, so that they merge."""
+    return (Mask(window=mask) & Mask(window=own)).window
