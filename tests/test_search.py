@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from headway.data.batches import collate
 from headway.data.sources import DataSpec, load_splits
 from headway.generate.search import Found, beam, greedy
+from headway.generate.step import step_of
 from headway.models.seq2seq import Memory, Model
 from headway.state import Recurrent
 from headway.text import BOS, EOS, PAD
@@ -169,9 +171,12 @@ def test_all_beginnings_kept_find_the_likeliest_answer_of_all(trained: Trained) 
         pairs = torch.tensor([[BOS, token] for token in range(vocab)])
         second = trained.net(source.expand(vocab, -1), pairs)[:, -1].log_softmax(-1)
     both = (first[:, None] + second) / 2
-    both[EOS] = first[EOS]  # it has ended: nothing follows, and its length is one
+    both[EOS], both[EOS, EOS] = float("-inf"), first[EOS]  # nothing follows, and its length is one
+    both[[PAD, BOS]] = both[:, [PAD, BOS]] = float("-inf")
+    ended = both[:, EOS][both[:, EOS] >= both.flatten().topk(vocab).values[-1]]  # those that the beam still holds
+    best = ended.max() if len(ended) else both.max()
     (found,) = beam(trained.net, source, beams=vocab, limit=2)
-    assert found.log_probability / min(len(found.ids) + 1, 2) == pytest.approx(float(both.max()), abs=1e-4)
+    assert found.log_probability / min(len(found.ids) + 1, 2) == pytest.approx(float(best), abs=1e-4)
 
 
 class Scripted(Model):
@@ -209,6 +214,27 @@ def test_a_beginning_is_kept_by_its_score_a_token_not_by_its_sum() -> None:
     assert by_sum.ids == []
 
 
+def test_an_answer_that_came_to_its_end_beats_a_likelier_one_that_the_limit_cuts() -> None:
+    a, b = 4, 5
+    net = Scripted(50, {(): {EOS: 0.3, a: 0.6}, (a,): {b: 0.99}, (a, b): {a: 0.99}})
+    (found,) = beam(net, torch.tensor([[a, EOS]]), beams=2, limit=3)
+    assert found.ids == []
+    assert found.log_probability == pytest.approx(math.log(0.3), abs=1e-5)
+    net = Scripted(50, {(): {a: 0.6, b: 0.3}, (a,): {b: 0.99}, (b,): {b: 0.99}})
+    (found,) = beam(net, torch.tensor([[a, EOS]]), beams=2, limit=2)
+    assert found.ids == [a, b], "where none came to its end, the likeliest beginning is the answer"
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_padding_and_the_beginning_are_never_written(beams: int) -> None:
+    a = 4
+    net = Scripted(50, {(): {PAD: 0.5, BOS: 0.4, a: 0.09}, (a,): {BOS: 0.6, EOS: 0.3}})
+    source = torch.tensor([[a, EOS]])
+    for found in (beam(net, source, beams=beams, limit=4), greedy(net, source, limit=4)):
+        assert found[0].ids == [a]
+        assert found[0].log_probability == pytest.approx(math.log(0.09 * 0.3), abs=1e-5), "it stays the model's own"
+
+
 def test_rows_that_leave_the_batch_early_change_nothing(trained: Trained) -> None:
     """The same words among others that end sooner or later, and in another order."""
     (source, valid), some = batches(trained.words[::5])[0], trained.words[::5]
@@ -222,6 +248,22 @@ def test_rows_that_leave_the_batch_early_change_nothing(trained: Trained) -> Non
     with_it = [i for i in range(len(some)) if i % 3 == 0 or i == longest]
     among = greedy(trained.net, source[with_it], valid[with_it], limit=LIMIT)
     assert ids(among) == [found[i].ids for i in with_it]
+
+
+@pytest.mark.parametrize("search,beams", [(greedy, 1), (beam, 3)])
+def test_rows_that_are_done_are_not_computed_any_more(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, search: Any, beams: int
+) -> None:
+    sizes = []
+    remade = lambda net, memory, state: sizes.append(len(memory.x)) or step_of(net, memory, state)
+    monkeypatch.setattr("headway.generate.search.step_of", remade)
+    some = trained.words[::5]
+    found = search(trained.net, *batches(some)[0], limit=LIMIT, **({} if search is greedy else {"beams": beams}))
+    ended = sorted(len(f.ids) for f in found)
+    assert ended[len(ended) // 3] < ended[-1], "all answers end at once"
+    assert sizes[0] == len(some) * beams
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 0.75 * sizes[0]
 
 
 def test_a_limit_cuts_answers_and_nothing_else(trained: Trained) -> None:

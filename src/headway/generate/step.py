@@ -1,0 +1,154 @@
+"""One decoding step without the modules around it: with one word, looking up parts costs more than multiplying.
+
+The definition is `model.decode(last, memory, pos=pos, state=state)`. `step_of` gives a function that equals it to the
+bit: the same calls in the same order, with what does not change from step to step looked up once. A part that it does
+not know, or that somebody watches with a hook, stays the module that it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headway.attend import explain
+from headway.block import Block, Residual, Stack, States
+from headway.layers import Dropout, FeedForward, activate
+from headway.mask import Mask
+from headway.mixers.attention import Attention
+from headway.models.seq2seq import Memory, Model
+from headway.positions import Positions
+from headway.state import Cross, KeyValue, State
+
+Apply = Callable[[Tensor], Tensor]
+Mix = Callable[[Tensor, Tensor], Tensor]  # of tokens and their positions
+
+CAUSAL = Mask(causal=True)
+
+
+def step_of(model: Model, memory: Memory, state: States) -> Mix:
+    """`step(last, pos)`: the logits `Float[B 1 V]` behind the one new token of each row, `Int[B 1]`, unpadded.
+
+    It holds on to `memory` and the weights: make a new one where rows leave, and for every search.
+    """
+    decoder = model.decoder if type(model) is Model else None
+    if type(decoder) is not Stack or _watched(model) or _watched(decoder):
+        return lambda last, pos: model.decode(last, memory, pos=pos, state=state)
+    embed, place = _bare(model.target), decoder.positions.embed
+    drop, norm, head = _bare(decoder.dropout), _bare(decoder.norm), _bare(model.head)
+    blocks = [_block(block, memory, kept) for block, kept in zip(decoder.blocks, state, strict=True)]
+
+    def step(last: Tensor, pos: Tensor) -> Tensor:
+        x = drop(place(embed(last), pos))
+        for block in blocks:
+            x = block(x, pos)
+        return head(norm(x))
+
+    return step
+
+
+def _block(block: Block, memory: Memory, state: tuple[State | None, State | None]) -> Mix:
+    mixer, cross, feedforward = block.mixer, block.cross, block.feedforward
+    parts = [part for part in (mixer, cross, feedforward) if part is not None]
+    mask = Mask(valid=memory.valid)
+    if type(block) is not Block or _watched(block) or any(type(p) is not Residual or _watched(p) for p in parts):
+        return lambda x, pos: block(x, mask=CAUSAL, pos=pos, state=state, context=memory.x, context_mask=mask)
+    chain = []
+    if mixer is not None:
+        chain.append(_residual(mixer, _own(mixer.inner, state[0])))
+    if cross is not None:
+        chain.append(_residual(cross, _cross(cross.inner, state[1], memory, mask)))
+    if feedforward is not None:
+        apply = _bare(feedforward.inner)
+        chain.append(_residual(feedforward, lambda h, pos: apply(h)))
+
+    def run(x: Tensor, pos: Tensor) -> Tensor:
+        for part in chain:
+            x = part(x, pos)
+        return x
+
+    return run
+
+
+def _residual(part: Residual, mix: Mix) -> Mix:
+    before, behind, after, drop = (_bare(p) for p in (part.before, part.behind, part.after, part.dropout))
+    return lambda x, pos: after(x + drop(behind(mix(before(x), pos))))
+
+
+def _own(mixer: nn.Module, state: State | None) -> Mix:
+    """The mixer of the tokens themselves. The newest of them sees all that came before, so that no mask is needed."""
+    if not isinstance(mixer, Attention) or not _plain(mixer) or type(state) is not KeyValue or state.padded:
+        return lambda h, pos: mixer(h, mask=CAUSAL, pos=pos, state=state)
+    query, key_value, out = (_bare(m) for m in (mixer.query, mixer.key_value, mixer.out))
+    query_norm, key_norm, rotate = _bare(mixer.query_norm), _bare(mixer.key_norm), mixer.positions.rotate
+    heads, kv_heads, width, grouped = mixer.heads, mixer.kv_heads, mixer.head_dim, mixer.heads != mixer.kv_heads
+
+    def mix(h: Tensor, pos: Tensor) -> Tensor:
+        rows = h.shape[0]
+        q = rotate(query_norm(query(h).view(rows, heads, 1, width)), pos)
+        k, v = key_value(h).view(rows, 2, kv_heads, 1, width).unbind(1)
+        k, v, _ = state.append(rotate(key_norm(k), pos), v, pos, padded=False)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        return out(y.reshape(rows, 1, heads * width))
+
+    return mix
+
+
+def _cross(mixer: nn.Module, state: State | None, memory: Memory, mask: Mask) -> Mix:
+    """The mixer that looks at the source; its first call is the module's, which leaves keys and values behind."""
+
+    def module(h: Tensor, pos: Tensor) -> Tensor:
+        return mixer(h, mask=mask, pos=pos, state=state, context=memory.x)
+
+    if not isinstance(mixer, Attention) or not _plain(mixer) or type(state) is not Cross or memory.valid is not None:
+        return module
+    query, query_norm, out = _bare(mixer.query), _bare(mixer.query_norm), _bare(mixer.out)
+    heads, width, grouped = mixer.heads, mixer.head_dim, mixer.heads != mixer.kv_heads
+
+    def mix(h: Tensor, pos: Tensor) -> Tensor:
+        if not state.kept:
+            return module(h, pos)
+        rows = h.shape[0]
+        k, v = state.kept
+        y = F.scaled_dot_product_attention(query_norm(query(h).view(rows, heads, 1, width)), k, v, enable_gqa=grouped)
+        return out(y.reshape(rows, 1, heads * width))
+
+    return mix
+
+
+def _plain(mixer: Attention) -> bool:
+    """Whether its step is projections around PyTorch's kernel and nothing else, nor another kernel chosen for it."""
+    if type(mixer) is not Attention or _watched(mixer) or mixer.softcap is not None or mixer.local.window is not None:
+        return False
+    if type(mixer.positions).bias is not Positions.bias:
+        return False
+    weight = mixer.query.weight
+    q, k = (weight.new_empty(1, heads, 1, mixer.head_dim) for heads in (mixer.heads, mixer.kv_heads))
+    return explain(q, k, k).startswith("sdpa: no mask")
+
+
+def _bare(module: nn.Module) -> Apply:
+    """The function of one tensor that `module` is, or the module itself where it is not one of those known here."""
+    if _watched(module):
+        return module
+    kind = type(module)
+    if kind is nn.Identity or (kind is Dropout and not module.training):
+        return lambda x: x
+    if isinstance(module, nn.Linear) and kind is nn.Linear:
+        return partial(F.linear, weight=module.weight, bias=module.bias)
+    if isinstance(module, nn.Embedding) and kind is nn.Embedding and module.max_norm is None:
+        return partial(torch.embedding, module.weight)
+    if isinstance(module, nn.LayerNorm) and kind is nn.LayerNorm:
+        shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+    if isinstance(module, FeedForward) and kind is FeedForward and not module.gated:
+        enter, leave, name = _bare(module.enter), _bare(module.leave), module.activation
+        return lambda x: leave(activate(enter(x), name))
+    return module
+
+
+def _watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
