@@ -115,6 +115,18 @@ def test_padding_of_any_content_changes_nothing_over_many_chunks(kind: str) -> N
         torch.testing.assert_close(mixed(mixer, padded, Mask(causal=True, valid=valid))[valid], alone[0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_padded_token_leaves_a_stream_as_it_was(kind: str, length: int) -> None:
+    mixer = made(kind)
+    state = mixer.init_state(1, 9)
+    state.tensors = (torch.randn_like(state.tensors[0]),)
+    before, nothing = state.tensors[0].clone(), torch.zeros(1, length, dtype=torch.bool)
+    x = torch.randn(1, length, 8, dtype=torch.double)
+    mixer(x, mask=Mask(causal=True, valid=nothing), pos=torch.full((1, length), -1), state=state)
+    torch.testing.assert_close(state.tensors[0], before)
+
+
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_packing_changes_nothing_over_many_chunks(kind: str) -> None:
     mixer, x, sizes = made(kind), torch.randn(1, 150, 8, dtype=torch.double), (10, 90, 1, 49)
