@@ -68,7 +68,7 @@ def test_it_keeps_the_contract_in_every_shape(options: dict[str, Any]) -> None:
 # --- The definition, and the limit
 
 
-@pytest.mark.parametrize("length", [1, 7, 128, 300])
+@pytest.mark.parametrize("length", [1, 7, 64, 300])
 @pytest.mark.parametrize("mask", DIRECTIONS, ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_it_is_its_definition(kernel: str, mask: Mask, length: int) -> None:
@@ -229,7 +229,7 @@ def test_a_decoder_stack_streams_what_it_computes_at_once(kernel: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 128, 129, 300])
+@pytest.mark.parametrize("length", [1, 64, 65, 300])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_flops_are_as_stated_at_any_length(kernel: str, length: int) -> None:
     mixer, x, context = made(kernel=kernel), torch.randn(1, length, 8), torch.randn(1, 6, 8)

@@ -27,7 +27,6 @@ from headway.state import Cross, Recurrent, State
 EPSILON = 1e-3  # added to ReLU features, so that none is ever zero (the paper's kernel epsilon)
 LEAST = 1e-24  # far below rounding: what a token weighs to itself where every product of features underflows
 LOWEST = -1e30  # stands for log 0 where infinity less infinity would be no number
-CHUNK = 128  # tokens; features of a chunk are then about as many numbers as the state that each chunk carries
 
 
 def reference(
@@ -142,7 +141,7 @@ class Performer(Mixer):
             else:
                 q = self._project(q).softmax(-1)
                 k, decay, top = _scaled(self._logs(k, mask), before[1] if before else None)
-            y, sums = recur(q, k, values, decay=decay, state=before[0] if before else None, chunk=CHUNK)
+            y, sums = recur(q, k, values, decay=decay, state=before[0] if before else None)
             if state is not None:
                 state.tensors = (sums,) if top is None else (sums, top)
             return _ratio(torch.add(y, values, alpha=LEAST))
@@ -226,7 +225,7 @@ class Performer(Mixer):
         mapped = 2 * heads * m * (length * self.head_dim + keys * (values if softmax else self.head_dim))
         mixed = 2 * heads * m * (keys * values + length * (self.head_dim if softmax else values))
         if causal:
-            mixed = flops(*self._recurrence(length), chunk=CHUNK)
+            mixed = flops(*self._recurrence(length))
         return Cost(
             flops=projections + mapped + mixed,
             state_bytes=4 * heads * (m * values + (softmax and causal)),
@@ -243,7 +242,7 @@ class Performer(Mixer):
         else:
             kept += self.heads * m * (length + keys)  # before EPSILON is added
         if causal:
-            return kept + self.heads * length * (d + 1) + kept_bytes(*self._recurrence(length), chunk=CHUNK) // 4
+            return kept + self.heads * length * (d + 1) + kept_bytes(*self._recurrence(length)) // 4
         kept += self.heads * (m * (length + keys) + keys * (d + 1))
         return kept + self.heads * (m * (2 * d + 3) if softmax else (m + length) * (d + 1))
 
