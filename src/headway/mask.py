@@ -115,10 +115,11 @@ class Mask:
         if self.sinks:
             near = near | ((k >= 0) & (k < self.sinks))
         if self.globals is not None:
-            near = near | self._is_global(q_pos)[:, :, None] | self._is_global(k_pos)[:, None, :]
+            near = near | self.is_global(q_pos)[:, :, None] | self.is_global(k_pos)[:, None, :]
         return near
 
-    def _is_global(self, pos: Tensor) -> Tensor:
+    def is_global(self, pos: Int[Tensor, "#B T"]) -> Bool[Tensor, "#B T"]:
+        """True where a token at that position is global."""
         assert self.globals is not None
         rows, known = self.globals.shape
         flags = self.globals.expand(max(rows, pos.shape[0]), known)
