@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from headway.store import check_fit, read_folder, write_folder
 from headway.text import UNK, Tokenizer
 
 MAX_TOKENS = 2**16  # the longest text any model here may claim to take
+FEW = 2**24  # multiplications of a step below which a second thread costs more to wake than it takes over
 
 
 class Generation(NamedTuple):
@@ -53,12 +56,19 @@ class Loaded:
         """How many numbers were learned; a shared one counts once."""
         return sum(p.numel() for p in self.net.parameters())
 
-    def generate(self, texts: Iterable[str], *, beams: int = 1, batch: int = 256) -> list[Generation]:
-        """One answer for each text, greedy or by beam search; batching changes no answer."""
+    def generate(
+        self, texts: Iterable[str], *, beams: int = 1, batch: int = 256, penalty: float = 1.0
+    ) -> list[Generation]:
+        """One answer for each text, greedy or by beam search; batching changes no answer.
+
+        Beams compete by log-probability over length^`penalty`: 0 favours short answers, more than 1 long ones.
+        """
         if isinstance(texts, str):
             raise ValueError(f"generate takes a list of texts, not one: generate([{texts[:40]!r}])")
         if batch < 1:
             raise ValueError(f"generate: batch is 1 or more, not {batch}")
+        if not 0 <= penalty < math.inf:
+            raise ValueError(f"generate: penalty is a finite power of the length, 0 or more, not {penalty}")
         texts = list(texts)
         ids = [self.encode(text) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
@@ -69,10 +79,11 @@ class Loaded:
             valid = None if inputs.source_valid is None else inputs.source_valid.to(device)
             source = inputs.source.to(device)
             limit = self.max_tokens + 1  # and the end
-            if beams == 1:
-                found = greedy(self.net, source, valid, limit=limit)
-            else:
-                found = beam(self.net, source, valid, beams=beams, limit=limit)
+            with _threads(self.parameters * beams * len(rows)):
+                if beams == 1:
+                    found = greedy(self.net, source, valid, limit=limit)
+                else:
+                    found = beam(self.net, source, valid, beams=beams, limit=limit, penalty=penalty)
             for i, (written, score) in zip(rows, found, strict=True):
                 answers[i] = Generation(self.target.decode(written), written, self.target.tokens(written), score)
         return [answers[i] for i in range(len(texts))]
@@ -146,6 +157,17 @@ def _network(spec: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> 
     assert isinstance(net, Model)
     net.load_state_dict(tensors)
     return net
+
+
+@contextmanager
+def _threads(work: int) -> Iterator[None]:
+    """One thread for little work. The count is the calling thread's own, so nobody else who computes is slowed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if work < FEW else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def safe_name(name: str) -> str:

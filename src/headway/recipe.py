@@ -85,7 +85,10 @@ class Entry(Strict, frozen=True):
 
 
 class Recipe(Strict, frozen=True):
-    """Everything a run depends on. `max_tokens` is the longest input or target, in tokens, that the model takes."""
+    """Everything a run depends on. `max_tokens` is the longest input or target, in tokens, that the model takes.
+
+    Test inputs are answered with `beams`, which compete by log-probability over length^`penalty`.
+    """
 
     data: DataSpec
     budget: Budget
@@ -103,6 +106,7 @@ class Recipe(Strict, frozen=True):
     evaluations: Positive = 20
     checkpoint_seconds: float = 30.0
     beams: Positive = 1
+    penalty: Annotated[float, Meta(ge=0)] = 1.0
     test_limit: Positive | None = None
 
     def __post_init__(self) -> None:

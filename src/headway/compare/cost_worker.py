@@ -79,7 +79,7 @@ def _mixer(job: Job, length: int, on: torch.device) -> Case:
     mixer.to(on).train(job.train)
     x = torch.randn(1, length, job.width, device=on, requires_grad=job.train)
     pos, mask = positions_of(None, 1, length, on), Mask(causal=job.causal)
-    run = _step(lambda: mixer(x, mask=mask, pos=pos), [x, *mixer.parameters()], job.train)
+    run = step(lambda: mixer(x, mask=mask, pos=pos), [x, *mixer.parameters()], job.train)
     return Case(run, mixer.cost(length), "stream" in mixer.can and job.causal)
 
 
@@ -87,7 +87,7 @@ def _kernel(job: Job, length: int, on: torch.device) -> Case:
     shape = (1, job.heads, length, job.width // job.heads)
     q, k, v = (torch.randn(shape, device=on, requires_grad=job.train) for _ in range(3))
     mask, name = kernel_mask(job.named, job.causal), job.named["name"]
-    run = _step(lambda: attend(q, k, v, mask, backend=name), [q, k, v], job.train)
+    run = step(lambda: attend(q, k, v, mask, backend=name), [q, k, v], job.train)
     with calls() as heard, torch.no_grad():
         attend(q[:, :, :1], k[:, :, :1], v[:, :, :1], mask)  # for the facts of such a call
     call = replace(heard[0], queries=length, keys=length, gradients=True)
@@ -103,7 +103,7 @@ def kernel_mask(named: dict[str, Any], causal: bool) -> Mask:
     return Mask(causal=causal, window=None if window is None else (window, 0 if causal else window))
 
 
-def _step(forward: Callable[[], Tensor], leaves: list[Tensor], train: bool) -> Callable[[], None]:
+def step(forward: Callable[[], Tensor], leaves: list[Tensor], train: bool) -> Callable[[], None]:
     """Forward, or forward and backward from one fixed gradient, as a run that leaves nothing behind."""
     if not train:
 

@@ -70,8 +70,9 @@ class Kernel(Protocol):
 
 
 def names() -> tuple[str, ...]:
-    """All kernels, found by file name."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    """All kernels, found by file name; a leading underscore marks a file that a kernel is made of."""
+    found = (module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(name for name in found if not name.startswith("_")))
 
 
 def find(name: str) -> Kernel:

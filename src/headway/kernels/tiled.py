@@ -93,7 +93,8 @@ class Facts:
         allowed: Bool[Tensor, "#B 1 1 t s"],
     ) -> tuple[Float[Tensor, "B G R t s"], Float[Tensor, "B G R t s"] | float]:
         """The scores of a tile, -inf where nothing may be seen, and how fast the soft-cap lets each of them rise."""
-        scores, slope = (q @ k.mT) * self.scale, 1.0
+        scores = (q @ k.mT) * self.scale
+        slope: Tensor | float = 1.0
         if self.softcap is not None:
             bent = torch.tanh(scores / self.softcap)
             scores, slope = self.softcap * bent, 1 - bent.square()

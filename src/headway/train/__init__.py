@@ -129,7 +129,8 @@ def run_entry(
     valid_loss = trainer.valid_loss(prepared.valid)
     model.net.eval()
     listed = _test_references(recipe, prepared)
-    scored, speed = evaluate(model, listed, recipe.tokenizers.target.kind, beams=recipe.beams)
+    kind = recipe.tokenizers.target.kind
+    scored, speed = evaluate(model, listed, kind, beams=recipe.beams, penalty=recipe.penalty)
     found, progress = rates(scored), trainer.progress
     result = {
         "name": name,
@@ -144,6 +145,7 @@ def run_entry(
         "tested_on": "test" if prepared.splits.test else "valid",
         "decode_words_per_second": speed,
         "beams": recipe.beams,
+        "penalty": recipe.penalty,
         "peak_memory_bytes": memory,
         "seconds": progress.seconds,
         "steps": progress.step,

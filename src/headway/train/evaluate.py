@@ -82,6 +82,7 @@ def evaluate(
     *,
     beams: int = 1,
     batch: int = 256,
+    penalty: float = 1.0,
 ) -> tuple[list[Scored], float]:
     """Writes an answer for every input; returns the scores and the inputs answered a second."""
     inputs = sorted(references, key=lambda text: (len(text), text))
@@ -89,7 +90,7 @@ def evaluate(
     began = time.perf_counter()
     for i in range(0, len(inputs), 4 * batch):
         chunk = inputs[i : i + 4 * batch]
-        answers += [g.text for g in model.generate(chunk, beams=beams, batch=batch)]
+        answers += [g.text for g in model.generate(chunk, beams=beams, batch=batch, penalty=penalty)]
     seconds = time.perf_counter() - began
     scored = [score(text, references[text], answer, kind) for text, answer in zip(inputs, answers, strict=True)]
     return scored, len(inputs) / seconds
