@@ -323,6 +323,15 @@ def test_going_on_with_another_recipe_is_refused(pairs: Path, tmp_path: Path) ->
     assert "\n" not in str(fault.value)
 
 
+def test_a_run_from_before_a_key_was_known_goes_on(pairs: Path, tmp_path: Path) -> None:
+    recipe = task(pairs, budget={"steps": 1})
+    result = headway.train(recipe, out=tmp_path / "run")
+    kept = json.loads((tmp_path / "run" / "recipe.json").read_text("utf-8"))
+    del kept["penalty"]
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(kept), "utf-8")
+    assert headway.train(recipe, out=tmp_path / "run", resume=True)["valid_loss"] == result["valid_loss"]
+
+
 # the loss
 
 

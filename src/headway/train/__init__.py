@@ -70,7 +70,8 @@ def check_run(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) ->
             raise ValueError(f"{folder}: is not empty and holds no run, so it is left alone; choose another --out")
         if not (resume or overwrite):
             raise ValueError(f"{folder}: holds a run; --resume goes on with it, --overwrite starts anew")
-        if resume and read_json(path, dict) != _record(recipe):
+        # read through the type: a key that Headway has learned since then, at its default, makes no other recipe
+        if resume and _record(recipes.read(read_json(path, dict))) != _record(recipe):
             raise ValueError(f"{path}: the run there has another recipe; resume with that one, or choose another --out")
 
 
