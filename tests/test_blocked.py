@@ -304,6 +304,23 @@ def test_what_it_cannot_do_it_says(mask: Mask, named: dict[str, Any], words: str
         attend(*tensors(), mask, backend="blocked", **named)
 
 
+@pytest.mark.parametrize(
+    ("pos", "words"),
+    [
+        ([0, 1, -1, 2, 3], "in row 0 2 follows -1: pad at the ends only"),
+        ([0, 1, 3, 4, 5], "in row 0 3 follows 1"),
+        ([0, 1, 2, 0, 1], "in row 0 0 follows 2"),
+    ],
+)
+def test_a_broken_promise_of_alignment_is_an_error_and_not_a_wrong_answer(pos: list[int], words: str) -> None:
+    at = torch.tensor([pos])
+    inputs, mask = tensors(1, length=5), Mask(window=(1, 1))
+    with pytest.raises(ValueError, match=words):
+        attend(*inputs, mask, q_pos=at, k_pos=at, aligned=True, backend="blocked")
+    with pytest.raises(ValueError, match="stand at the same positions"):
+        attend(*inputs, mask, q_pos=at + 1, k_pos=at, aligned=True, backend="blocked")
+
+
 def test_it_wants_as_many_queries_as_keys() -> None:
     q, k = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 5, 4)
     call = call_of(q, k, k, WINDOW, q_pos=torch.arange(3)[None], k_pos=torch.arange(5)[None], aligned=True)

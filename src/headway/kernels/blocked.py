@@ -117,6 +117,7 @@ class _Plan:
 
     mask: Mask
     batch: int
+    group: int  # query heads that share a key/value head
     q_pos: Tensor
     k_pos: Tensor
     padded: bool  # positions are given, and may be -1
@@ -126,7 +127,8 @@ class _Plan:
     fused: bool
     size: int
     extra: Tensor | None = None  # indices of keys that no window hides: #B E
-    rows: Tensor | None = None  # indices of queries that see everything, B R; the blocks leave them out
+    rows: Tensor | None = None  # indices of queries that see everything: B R
+    others: Tensor | None = None  # true for those that the blocks are for: B T
     kept: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[_Block]:
@@ -151,9 +153,8 @@ class _Plan:
         return torch.where(allowed, torch.zeros((), dtype=self.dtype, device=allowed.device), float("-inf"))[:, None]
 
     def _allowed(self, i: int, j: int, lo: int, hi: int) -> Tensor:
-        q_pos = self.q_pos[:, i:j]
-        part = _part(self.mask, self.batch, slice(i, j), slice(lo, hi))
-        allowed = part.allows(q_pos, self.k_pos[:, lo:hi])
+        q_pos, k_pos = self.q_pos[:, i:j], self.k_pos[:, lo:hi]
+        allowed = _part(self.mask, self.batch, slice(i, j), slice(lo, hi)).allows(q_pos, k_pos)
         if self.extra is not None:
             part = _part(self.mask, self.batch, slice(i, j), self.extra)
             outside = (self.extra < lo) | (self.extra >= hi)  # an extra key among the near ones counts once
@@ -161,24 +162,23 @@ class _Plan:
             allowed = torch.cat([allowed, far], -1)
         if self.padded:
             allowed = allowed & (q_pos >= 0)[..., None]
-        if self.rows is not None:
-            others = torch.ones_like(self.q_pos, dtype=torch.bool).expand(self.batch, -1).scatter(1, self.rows, False)
-            allowed = allowed & others[:, i:j, None]
+        if self.others is not None:
+            allowed = allowed & self.others[:, i:j, None]
         return allowed
 
-    def part(self, x: Tensor, block: _Block, group: int) -> Tensor:
+    def part(self, x: Tensor, block: _Block) -> Tensor:
         """The keys or values of a block, B H s D; what nobody sees there is zeroed, so that it never leaks."""
         part = x[:, :, block.keys]
         if self.extra is not None:
             part = torch.cat([part, x.take_along_dim(self.extra[:, None, :, None], 2)], 2)
         if block.seen is not None:
             part = torch.where(block.seen, part, 0.0)
-        return part.repeat_interleave(group, 1) if group > 1 else part
+        return part.repeat_interleave(self.group, 1) if self.group > 1 else part
 
-    def add(self, total: Tensor, part: Tensor, block: _Block, group: int) -> None:
+    def add(self, total: Tensor, part: Tensor, block: _Block) -> None:
         """Adds the gradient of `part` where it came from."""
-        if group > 1:
-            part = part.unflatten(1, (-1, group)).sum(2)
+        if self.group > 1:
+            part = part.unflatten(1, (-1, self.group)).sum(2)
         near = total[:, :, block.keys]
         near += part[:, :, : near.shape[2]]
         if self.extra is not None:
@@ -192,12 +192,11 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: _Plan) -> Tensor:
         batch, heads, length, _ = q.shape
-        group = heads // k.shape[1]
         out = q.new_empty(batch, length, heads, v.shape[3]).transpose(1, 2)  # heads side by side, as a mixer wants them
         sums = torch.empty(batch, heads, length, dtype=_exact(q.dtype), device=q.device)
         kernel = _fused if plan.fused else _plain
         for block in plan:
-            keys, values = plan.part(k, block, group), plan.part(v, block, group)
+            keys, values = plan.part(k, block), plan.part(v, block)
             at = block.queries
             out[:, :, at], sums[:, :, at] = kernel(q[:, :, at], keys, values, block.bias, plan.scale, plan.softcap)
         ctx.save_for_backward(q, k, v, out, sums)
@@ -209,18 +208,17 @@ class _Blocked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, sums = ctx.saved_tensors
         plan: _Plan = ctx.plan
-        group = q.shape[1] // k.shape[1]
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros_like(t, dtype=_exact(t.dtype)) for t in (k, v))
         # On a CPU the fused way back is slow in bf16 (torch 2.13): 80 us a query for a window of 512, this one 49.
         kernel = _fused_back if plan.fused and q.dtype in (torch.float32, torch.float64) else _plain_back
         for block in plan:
-            keys, values = plan.part(k, block, group), plan.part(v, block, group)
+            keys, values = plan.part(k, block), plan.part(v, block)
             at = block.queries
             near = grad[:, :, at], q[:, :, at], out[:, :, at], sums[:, :, at]
             dq[:, :, at], one, two = kernel(*near, keys, values, block.bias, plan.scale, plan.softcap)
-            plan.add(dk, one, block, group)
-            plan.add(dv, two, block, group)
+            plan.add(dk, one, block)
+            plan.add(dv, two, block)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
@@ -292,10 +290,12 @@ def _plan(
 ) -> _Plan:
     given = q_pos is not None
     q_pos, k_pos = places(q, k, q_pos, k_pos)
-    left, right = _sides(mask)
+    if given and q.device.type == "cpu":  # elsewhere looking would stall the device, and the promise is trusted
+        _require_aligned(mask, q_pos, k_pos)
     plan = _Plan(
         mask=mask,
         batch=q.shape[0],
+        group=q.shape[1] // k.shape[1],
         q_pos=q_pos,
         k_pos=k_pos,
         padded=given,
@@ -303,18 +303,34 @@ def _plan(
         scale=scale,
         softcap=softcap,
         fused=q.device.type == "cpu" and q.shape[3] == v.shape[3] and softcap is None,
-        size=block_size(left + right + 1, q.device.type),
+        size=block_size(sum(_sides(mask)) + 1, q.device.type),
     )
     packed = given and mask.segments is not None  # several sequences a row, each with first and global tokens
     if mask.globals is not None:
         flags = mask.is_global(q_pos)
         plan.rows = _first(flags, int(flags.sum(1).max()) if packed else _most_globals(mask.globals), q.shape[0])
+        if plan.rows is not None:
+            plan.others = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+            plan.others.scatter_(1, plan.rows, False)
     if mask.globals is not None or mask.sinks:
         flags = (k_pos >= 0) & (k_pos < mask.sinks)
         flags = flags if mask.globals is None else flags | mask.is_global(k_pos)
         most = mask.sinks + (0 if mask.globals is None else _most_globals(mask.globals))
         plan.extra = _first(flags, int(flags.sum(1).max()) if packed else most, flags.shape[0])
     return plan
+
+
+def _require_aligned(mask: Mask, q_pos: Tensor, k_pos: Tensor) -> None:
+    if q_pos is not k_pos and not torch.equal(q_pos, k_pos):
+        raise ValueError("attend: aligned queries and keys stand at the same positions, and these do not: leave it out")
+    before, now = k_pos[:, :-1], k_pos[:, 1:]
+    apart = (now >= 0) & (now != before + 1) & ((before >= 0).cumsum(1) > 0)
+    if mask.segments is not None:
+        apart &= mask.segments[:, :-1] == mask.segments[:, 1:]
+    if bool(apart.any()):
+        row, at = apart.nonzero()[0].tolist()
+        jump = f"in row {row} {int(now[row, at])} follows {int(before[row, at])}"
+        raise ValueError(f"attend: aligned positions rise by one; {jump}: pad at the ends only, or leave aligned out")
 
 
 def _first(flags: Tensor, most: int, rows: int) -> Tensor | None:
