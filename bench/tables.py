@@ -57,16 +57,20 @@ def figures() -> str:
         rate = {name: found["median"] for name, found in train["tokens_per_second"].items()}
         words, share = decode["words_per_second"], train["share_of_gemm_peak"]
         lines += [
-            "| the demo's Transformer, fp32 | Headway | `torch.nn.Transformer` | ratio |",
+            "| the demo's Transformer | Headway | `torch.nn.Transformer` | ratio |",
             "|---|---|---|---|",
-            f"| training, AdamW, tokens/s | {rate['headway adamw']:,.0f} | {rate['torch.nn.Transformer']:,.0f} "
+            f"| training as the demo does, Muon, {'bf16' if train['demo_in_bf16'] else 'fp32'}, tokens/s "
+            f"(theirs AdamW, fp32) | {rate['headway demo']:,.0f} | {rate['torch.nn.Transformer']:,.0f} "
+            f"| {train['ratio_demo']:.2f}x |",
+            f"| training, both AdamW, fp32, tokens/s | {rate['headway adamw']:,.0f} "
+            f"| {rate['torch.nn.Transformer']:,.0f} "
             f"| {train['ratio_adamw']:.2f}x |",
-            f"| training, Muon against AdamW, tokens/s | {rate['headway muon']:,.0f} "
+            f"| training, Muon against AdamW, fp32, tokens/s | {rate['headway muon']:,.0f} "
             f"| {rate['torch.nn.Transformer']:,.0f} | {train['ratio_muon']:.2f}x |",
             f"| the same, its dropout switched off | {rate['headway muon']:,.0f} "
             f"| {rate['torch.nn.Transformer, no dropout']:,.0f} "
             f"| {rate['headway muon'] / rate['torch.nn.Transformer, no dropout']:.2f}x |",
-            f"| greedy decoding, batch 256, words/s (theirs without a cache) | {words['headway']['median']:,.0f} "
+            f"| greedy decoding, fp32, batch 256, words/s (theirs without a cache) | {words['headway']['median']:,.0f} "
             f"| {words['torch.nn.Transformer']['median']:,.0f} | {decode['ratio']:.2f}x |",
             "",
             f"Training reaches {share['headway adamw']:.0%} of the machine's measured matrix-product peak of "
@@ -101,9 +105,44 @@ def figures() -> str:
     return "\n".join(lines).strip()
 
 
+def mixers() -> str:
+    record = read("mixers")
+    if not record:
+        return ""
+    lines = ["| | tokens | ms | beside | ms | faster | at least |", "|---|---|---|---|---|---|---|"]
+    for row in record["rows"]:
+        name = f"{row['what']}{'' if row.get('way') == 'forward' else ', both ways'}"
+        if "not_measured" in row:
+            lines.append(f"| {row['what']} | {row['length']:,} | | {row['peer']} | | not measured | |")
+            continue
+        ours, peer = (row[side]["median"] for side in ("ours_ms", "peer_ms"))
+        bar = "" if row["bar"] is None else f"{row['bar']:g}x{'' if row['met'] else ', missed'}"
+        lines.append(
+            f"| {name} | {row['length']:,} | {ours:,.1f} | {row['peer']} | {peer:,.1f} | {row['ratio']:.2f}x | {bar} |"
+        )
+    lines += ["", "| memory that one run adds | MiB | peer's MiB | at most |", "|---|---|---|---|"]
+    for name, found in record["memory"].items():
+        theirs = f"{found['peer_mib']:,.0f}" if "peer_mib" in found else ""
+        most = f"{found['most']:g} MiB" if "peer_mib" not in found else "a third"
+        lines.append(f"| {name} | {found['mib']:,.0f} | {theirs} | {most}{'' if found['met'] else ', missed'} |")
+    grows = [f"{found['exponent']:.2f} ± {found['error']:.2f} {way}" for way, found in record["blocked_growth"].items()]
+    least = min(record["beside_reference"], key=lambda row: row["ratio"])
+    wins = [f"{words} tokens ({way})" for way, words in record["performer_wins"].items()]
+    lines += [
+        "",
+        f"Both ways is forward and backward. Medians of interleaved runs; 8 heads of width 64, one row, fp32, "
+        f"{record['threads']} threads. The window's time grows with the length to the power {' and '.join(grows)} "
+        f"(4,096 to 32,768 tokens). The causal Performer layer is faster than full attention {' and '.join(wins)}. "
+        f"Of all mixers at 64 to 512 tokens, beside the same with every kernel forced to the reference, the least "
+        f"favourable is {least['what']} at {least['length']} tokens, {least['way']}: {least['ratio']:.2f}x as fast. "
+        f"On a GPU: {record['gpu']}. {machine(record)}. `bench/mixers.py`",
+    ]
+    return "\n".join(lines)
+
+
 def fill(readme: str) -> str:
     """The README with its marked tables made anew."""
-    for name, table in (("demo", demo()), ("figures", figures())):
+    for name, table in (("demo", demo()), ("figures", figures()), ("mixers", mixers())):
         readme = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", readme, flags=re.S
         )

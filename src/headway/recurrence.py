@@ -55,19 +55,23 @@ def recur(
     length = q.shape[2]
     if length == 1:
         return stepwise(q, k, v, decay=decay, state=state)
-    size = _chunk_size(length, chunk, decay is not None and decay.ndim == 4)
     if decay is not None and decay.ndim == 4:
         q, k = q.expand(decay.shape), k.expand(decay.shape)
-    q, k, v = (_chunks(t, size) for t in (q, k, v))
+    size = _chunk_size(length, chunk, decay is not None and decay.ndim == 4)
+    q, k, v = _chunks(q, size), _chunks(k, size), _chunks(v, size, copy=q.shape[1] == v.shape[1])
     if decay is None:
-        since, y = None, (q @ k.mT).tril_() @ v
-        entering, last = _carry(k.mT @ v, None, state)
-    else:
-        scores, since, until = (_by_channel if decay.ndim == 4 else _by_head)(q, k, _chunks(decay, size))
+        y = (q @ k.mT).tril_() @ v
+        read, last = _between(q, k, v, None, state)
+    elif decay.ndim == 4:
+        scores, since, until = _by_channel(q, k, _chunks(decay, size))
         y = scores @ v
-        entering, last = _carry((k * until.to(k.dtype)).mT @ v, since[..., -1, :, None], state)
-    if entering is not None:
-        y = y + (q if since is None else q * since.to(q.dtype)) @ entering.to(q.dtype)
+        read, last = _between(q * since.to(q.dtype), k * until.to(k.dtype), v, since[..., -1, :, None], state)
+    else:
+        within, since, until = _by_head(_chunks(decay, size))
+        y = ((q @ k.mT) * within.to(q.dtype)) @ v
+        read, last = _between(q, k, v * until.to(v.dtype), since[..., -1:, :], state)
+        read = None if read is None else since.to(read.dtype) * read
+    y = y if read is None else y + read
     return y.flatten(2, 3)[:, :, :length], last
 
 
@@ -114,16 +118,16 @@ def delta(
     size = _chunk_size(length, chunk, False)
     decay = beta.new_zeros(()).expand(beta.shape) if decay is None else decay
     q, k, v, beta, decay = (_chunks(t, size).to(_wide(v)) for t in (q, k, v, beta, decay))
-    between, since, until = _decays(decay)
+    within, since, until = _by_head(decay)
     beta = beta[..., None]
     owed = beta * k
-    system = (owed @ k.mT) * between  # its diagonal is never read: taken as ones
+    system = (owed @ k.mT) * within  # its diagonal is never read: taken as ones
     wanted = beta * v
     if state is not None or k.shape[2] > 1:  # what S_0 already says matters only where there is an S_0
         wanted = torch.cat([wanted, since * owed], -1)
     solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
     entering, last, u = _corrected(solved, (k * until).mT, since[..., -1, :, None], state, v.shape[-1])
-    y = (between * (q @ k.mT)) @ u
+    y = (within * (q @ k.mT)) @ u
     if entering is not None:
         y = y + (q * since) @ entering
     return y.flatten(2, 3)[:, :, :length].to(dtype), last
@@ -156,18 +160,15 @@ def kept_bytes(
     """What autograd keeps of such a call for the way back, about, in single precision."""
     size = _chunk_size(length, chunk, kind == "channel")
     groups = 1 if shared and kind != "channel" else heads
-    squares = {"none": heads, "fixed": 2 * heads, "head": 2 * heads + groups, "channel": heads, "delta": 5 * heads}[
-        kind
-    ]  # C x C
-    rows = {"none": 2 * groups, "channel": 0, "delta": 4 * heads}.get(kind, 2 * groups + heads)  # C x K
-    if kind == "channel":
-        rows = heads * (5 + 2 * len(_halvings(size)))
-    values = heads * value_dim * (3 if kind == "delta" else 1)
+    squares = {"fixed": 2 * heads, "head": 2 * heads + groups, "delta": 5 * heads}.get(kind, heads)  # C x C
+    rows = {"channel": heads * (5 + 2 * len(_halvings(size))), "delta": 4 * heads}.get(kind, 2 * groups)  # C x K
+    values = heads * {"fixed": 2, "head": 2, "delta": 3}.get(kind, 1)  # C x V
     states = 0
     if length > size:
-        rows += heads * {"none": 0, "delta": 3}.get(kind, 1)
+        rows += heads * {"channel": 1, "delta": 3}.get(kind, 0)
+        values += heads if kind == "head" else 0
         states = heads * key_dim * value_dim * (1 if kind == "none" else 2) // size
-    return 4 * length * (squares * size + rows * key_dim + values + states)
+    return 4 * length * (squares * size + rows * key_dim + values * value_dim + states)
 
 
 class Steps(nn.Module):
@@ -201,18 +202,22 @@ def restart(decay: Tensor, segments: Int[Tensor, "B T"]) -> Tensor:
 def _chunk_size(length: int, most: int, halved: bool) -> int:
     """As few chunks as `most` allows, as even as can be; a power of two where a chunk is halved again and again."""
     if halved:
-        return 1 << (min(length - 1, most // 2 * 2 - 1)).bit_length()
+        return min(1 << (length - 1).bit_length(), 1 << (most.bit_length() - 1))
     return -(-length // -(-length // most))
 
 
-def _chunks(t: Tensor, size: int) -> Tensor:
-    """B H T ... as B H N C ..., filled up with zeros, which add nothing to a sum and decay nothing."""
+def _chunks(t: Tensor, size: int, copy: bool = True) -> Tensor:
+    """B H T ... as B H N C ..., filled up with zeros, which add nothing to a sum and decay nothing.
+
+    `copy` to one piece: a batched product would copy a view each time.
+    """
     if short := -t.shape[2] % size:
         t = F.pad(t, (0, 0) * (t.ndim - 3) + (0, short))
-    return t.unflatten(2, (-1, size)).contiguous()
+    t = t.unflatten(2, (-1, size))
+    return t.contiguous() if copy else t
 
 
-def _decays(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _by_head(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """exp of the sum of `decay` (B H N C) over j < t <= i (C x C, zero above the diagonal), over t <= i, over t > j.
 
     A difference of two sums: in double precision, because what a strong decay adds to both must cancel.
@@ -224,15 +229,12 @@ def _decays(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return gap.masked_fill_(ahead, float("-inf")).exp_(), since.to(gap.dtype), until.to(gap.dtype)
 
 
-def _by_head(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decayed scores within each chunk (C x C), and the decays since its start and until its end (C x 1)."""
-    between, since, until = _decays(decay)
-    return (q @ k.mT) * between.to(q.dtype), since, until
-
-
 def _by_channel(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for a decay a key channel (C x K). exp(sum) does not leave the sum over channels, so it is split at the
-    middle of ever smaller halves: a query decays since the middle and a key until the middle, both exponents <= 0."""
+    """The decayed scores within each chunk (C x C), and the decays since its start and until its end (C x K).
+
+    A decay a key channel does not leave the sum over channels, so it is split at the middle of ever smaller halves: a
+    query decays since the middle and a key until the middle, both exponents <= 0, and no sum is a difference of two.
+    """
     scores, since, until = _halves(q, k, decay.to(_wide(decay)))
     return scores, since.exp(), until.exp()
 
@@ -259,17 +261,45 @@ def _halvings(size: int) -> list[int]:
 # --- From chunk to chunk
 
 
+def _between(
+    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, state: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """What the queries read of the states that enter their chunks, None for none at all, and the last state.
+
+    Where heads share a key, they are columns of one product.
+    """
+    shared, heads = k.shape[1] < v.shape[1], v.shape[1]
+    if shared:
+        keep = keep if keep is None else _columns(keep.expand(*keep.shape[:-1], v.shape[-1]))
+        v, state = _columns(v), None if state is None else _columns(state[:, :, None])[:, :, 0]
+    entering, last = _carry(k.mT @ v, keep, state)
+    read = None if entering is None else q @ entering.to(q.dtype)
+    if shared:
+        read, last = None if read is None else _split(read, heads), _split(last[:, :, None], heads)[:, :, 0]
+    return read, last
+
+
+def _columns(t: Tensor) -> Tensor:
+    """B H N C V as B 1 N C HV. Where heads came side by side in memory, as from a linear map, nothing is copied."""
+    return t.movedim(1, 3).flatten(3)[:, None]
+
+
+def _split(t: Tensor, heads: int) -> Tensor:
+    """And back."""
+    return t[:, 0].unflatten(3, (heads, -1)).movedim(3, 1)
+
+
 def _carry(updates: Tensor, keep: Tensor | None, state: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """The states that enter the chunks and the last one; a share `keep` outlives each chunk (B H N K 1), or all."""
-    updates, s = updates.to(_wide(updates)), state
+    """The states that enter the chunks and the last one; a share `keep` outlives each chunk, or all."""
+    updates = updates.to(_wide(updates))
+    s = None if state is None else state.to(updates.dtype)
     entering: list[Tensor | None] = []
     shares = itertools.repeat(None) if keep is None else keep.unbind(2)
     for update, share in zip(updates.unbind(2), shares, strict=False):
         entering.append(s)
-        if s is None:
-            s = update
-        else:
-            s = s.to(update.dtype) + update if share is None else torch.addcmul(update, share, s.to(update.dtype))
+        if s is not None:
+            update = update + (s if share is None else share * s)
+        s = update
     return _stacked(entering, s)
 
 
