@@ -68,7 +68,7 @@ def test_it_keeps_the_contract_in_every_shape(options: dict[str, Any]) -> None:
 # --- The definition, and the limit
 
 
-@pytest.mark.parametrize("length", [1, 7, 64, 300])
+@pytest.mark.parametrize("length", [1, 7, 300, 1100])
 @pytest.mark.parametrize("mask", DIRECTIONS, ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_it_is_its_definition(kernel: str, mask: Mask, length: int) -> None:
@@ -87,6 +87,22 @@ def test_over_a_padded_context_it_is_its_definition(kernel: str) -> None:
     fast = with_gradients(mixed(mixer, x, mask, context), mixer, x, context)
     slow = with_gradients(by_definition(mixer, x, mask, context), mixer, x, context)
     torch.testing.assert_close(fast, slow)
+
+
+@pytest.mark.parametrize("mask", DIRECTIONS, ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_blocks_of_padding_alone_change_nothing(kernel: str, mask: Mask) -> None:
+    mixer = made(kernel=kernel).double()
+    x = torch.randn(2, 1700, 8, dtype=torch.double, requires_grad=True)
+    valid = torch.ones(2, 1700, dtype=torch.bool)
+    valid[0, :1100], valid[1, 500:] = False, False
+    fast = mixed(mixer, x, mask & Mask(valid=valid))
+    for row, there in enumerate(valid):
+        alone = x[row : row + 1, there].detach().requires_grad_()
+        torch.testing.assert_close(
+            torch.autograd.grad(fast[row, there].square().sum(), x, retain_graph=True)[0][row, there],
+            torch.autograd.grad(by_definition(mixer, alone, mask).square().sum(), alone)[0][0],
+        )
 
 
 def test_the_features_of_softmax_estimate_its_kernel_without_bias() -> None:
@@ -229,7 +245,7 @@ def test_a_decoder_stack_streams_what_it_computes_at_once(kernel: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 64, 65, 300])
+@pytest.mark.parametrize("length", [1, 64, 65, 1100])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_flops_are_as_stated_at_any_length(kernel: str, length: int) -> None:
     mixer, x, context = made(kernel=kernel), torch.randn(1, length, 8), torch.randn(1, 6, 8)

@@ -8,14 +8,14 @@ Whatever scales all features of a query, or one feature of all keys and inversel
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from headway.attend import FULL
 from headway.layers import residual_output
 from headway.mask import Mask
 from headway.mixers import Cost, Mixer
@@ -26,6 +26,7 @@ from headway.state import Cross, Recurrent, State
 
 EPSILON = 1e-3  # added to ReLU features, so that none is ever zero (the paper's kernel epsilon)
 LEAST = 1e-24  # far below rounding: what a token weighs to itself where every product of features underflows
+BLOCK = 512  # tokens at a time: features then stay in the cache, and no great memory is asked for anew at every call
 LOWEST = -1e30  # stands for log 0 where infinity less infinity would be no number
 
 
@@ -133,56 +134,72 @@ class Performer(Mixer):
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: Recurrent | None) -> Tensor:
         """Sums over the tokens so far. Keys are scaled by their largest feature so far, and the sums along with it."""
+        sums, *tops = (None,) if state is None else state.tensors
+        top, decay, outputs = tops[0] if tops else None, None, []
         with _single_precision(q):
-            before = () if state is None else state.tensors
-            values, decay, top = _beside_one(_wide(v)), None, None
-            if self.kernel == "relu":
-                q, k = self._rectified(q), self._rectified(k, mask)
-            else:
-                q = self._project(q).softmax(-1)
-                k, decay, top = _scaled(self._logs(k, mask), before[1] if before else None)
-            y, sums = recur(q, k, values, decay=decay, state=before[0] if before else None)
-            if state is not None:
-                state.tensors = (sums,) if top is None else (sums, top)
-            return _ratio(torch.add(y, values, alpha=LEAST))
+            for query, key, value, there in _blocks(q, k, v, _there(mask)):
+                if self.kernel == "relu":
+                    query, key = self._rectified(query), self._rectified(key, there)
+                else:
+                    query = self._project(query).softmax(-1)
+                    key, decay, top = _scaled(self._logs(key, there), top)
+                value = _beside_one(value)
+                y, sums = recur(query, key, value, decay=decay, state=sums)
+                outputs.append(_ratio(torch.add(y, value, alpha=LEAST)))
+        if state is not None:
+            assert sums is not None
+            state.tensors = (sums,) if top is None else (sums, top)
+        return _joined(outputs)
 
     def _summary(self, k: Tensor, v: Tensor, mask: Mask) -> tuple[Tensor, ...]:
         """What is left of all keys and values. softmax: the mean value that each feature sees, and the log of its sum
         over the keys, both free of any scale (B H M D, B H 1 M); relu: the sums (B H M D+1)."""
+        top: Any = None
+        sums: Any = None
         with _single_precision(k):
-            values = _beside_one(_wide(v))
-            if self.kernel == "relu":
-                return (self._rectified(k, mask).mT @ values,)
-            logs = self._logs(k, mask)
-            top = logs.detach().amax(-2, keepdim=True).clamp_min_(LOWEST)
-            sums = logs.sub_(top).exp_().mT @ values
+            for key, value, there in _blocks(k, v, _there(mask)):
+                if self.kernel == "relu":
+                    more = self._rectified(key, there).mT @ _beside_one(value)
+                    sums = more if sums is None else sums + more
+                    continue
+                before, logs = top, self._logs(key, there)
+                top = logs.detach().amax(-2, keepdim=True).clamp_min_(LOWEST)
+                top = top if before is None else torch.maximum(top, before)
+                more = logs.sub_(top).exp_().mT @ _beside_one(value)
+                sums = more if before is None else torch.addcmul(more, (before - top).exp().mT, sums)
+            if top is None:
+                return (sums,)
             share = sums[..., -1:].clamp_min(LEAST)  # 1 or more, unless all is padding
             return sums[..., :-1] / share, top + share.log().mT
 
     def _read(self, q: Tensor, summary: tuple[Tensor, ...]) -> Float[Tensor, "B H T D"]:
         """The features of a query choose among what each of them has seen."""
+        outputs = []
         with _single_precision(q):
-            if self.kernel == "relu":
-                return _ratio(self._rectified(q) @ summary[0])
-            mean, log_sum = summary
-            return self._project(q).add_(log_sum).softmax(-1) @ mean
+            for (query,) in _blocks(q):
+                if self.kernel == "relu":
+                    outputs.append(_ratio(self._rectified(query) @ summary[0]))
+                else:
+                    mean, log_sum = summary
+                    outputs.append(self._project(query).add_(log_sum).softmax(-1) @ mean)
+        return _joined(outputs)
 
     def _project(self, x: Tensor) -> Float[Tensor, "B H T M"]:
         return _wide(x) @ _wide(self.projection).T.mul(self.head_dim**-0.25)
 
-    def _logs(self, k: Tensor, mask: Mask) -> Float[Tensor, "B H S M"]:
+    def _logs(self, k: Tensor, there: Tensor | None) -> Float[Tensor, "B H S M"]:
         """w_j k' - |k'|^2 / 2 in one product, the norm being one more channel; log 0 where there is no token."""
         k = _wide(k)
         norm = k.square().sum(-1, keepdim=True) * (0.5 * self.head_dim**-0.5)
-        if mask.valid is not None:
-            norm = norm.masked_fill(~mask.valid[:, None, :, None], math.inf)
+        if there is not None:
+            norm = norm.masked_fill(~there, math.inf)
         projection = F.pad(_wide(self.projection) * self.head_dim**-0.25, (0, 1), value=-1.0)
         return torch.cat([k, norm], -1) @ projection.T
 
-    def _rectified(self, x: Tensor, mask: Mask = FULL) -> Float[Tensor, "B H T M"]:
+    def _rectified(self, x: Tensor, there: Tensor | None = None) -> Float[Tensor, "B H T M"]:
         """ReLU features; those of padding are zero."""
         phi = self._project(x).relu_() + EPSILON
-        return phi if mask.valid is None else phi.masked_fill(~mask.valid[:, None, :, None], 0.0)
+        return phi if there is None else phi.masked_fill(~there, 0.0)
 
     def _remembered(self, context: Tensor, mask: Mask, state: State | None) -> tuple[Tensor, ...]:
         if not isinstance(state, Cross | None):
@@ -225,7 +242,7 @@ class Performer(Mixer):
         mapped = 2 * heads * m * (length * self.head_dim + keys * (values if softmax else self.head_dim))
         mixed = 2 * heads * m * (keys * values + length * (self.head_dim if softmax else values))
         if causal:
-            mixed = flops(*self._recurrence(length))
+            mixed = sum(flops(size, *self._recurrence()) for size in _block_sizes(length))
         return Cost(
             flops=projections + mapped + mixed,
             state_bytes=4 * heads * (m * values + (softmax and causal)),
@@ -242,12 +259,13 @@ class Performer(Mixer):
         else:
             kept += self.heads * m * (length + keys)  # before EPSILON is added
         if causal:
-            return kept + self.heads * length * (d + 1) + kept_bytes(*self._recurrence(length)) // 4
+            inside = sum(kept_bytes(size, *self._recurrence()) for size in _block_sizes(length))
+            return kept + self.heads * length * (d + 1) + inside // 4
         kept += self.heads * (m * (length + keys) + keys * (d + 1))
         return kept + self.heads * (m * (2 * d + 3) if softmax else (m + length) * (d + 1))
 
-    def _recurrence(self, length: int) -> tuple[int, int, int, int, str]:
-        return length, self.heads, self.features, self.head_dim + 1, "fixed" if self.kernel == "softmax" else "none"
+    def _recurrence(self) -> tuple[int, int, int, str]:
+        return self.heads, self.features, self.head_dim + 1, "fixed" if self.kernel == "softmax" else "none"
 
 
 def from_performer_pytorch(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -275,6 +293,26 @@ def _single_precision(t: Tensor) -> torch.autocast:
     return torch.autocast(t.device.type, enabled=False)
 
 
+def _block_sizes(length: int) -> list[int]:
+    blocks = max(length // BLOCK, 1)
+    return [BLOCK] * (blocks - 1) + [length - BLOCK * (blocks - 1)]
+
+
+def _blocks(first: Tensor, *others: Tensor | None) -> Iterable[tuple[Any, ...]]:
+    """Runs of tokens, the third dimension of each tensor, with what stands beside them; None stays None."""
+    sizes = _block_sizes(first.shape[2])
+    parts = [[t] * len(sizes) if t is None or len(sizes) == 1 else t.split(sizes, 2) for t in (first, *others)]
+    return zip(*parts, strict=True)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _there(mask: Mask) -> Bool[Tensor, "B 1 S 1"] | None:
+    return None if mask.valid is None else mask.valid[:, None, :, None]
+
+
 def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
@@ -296,7 +334,7 @@ def _scaled(logs: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor
 
 def _beside_one(v: Tensor) -> Tensor:
     """[v 1]: the ones sum up the normaliser."""
-    return F.pad(v, (0, 1), value=1.0)
+    return F.pad(_wide(v), (0, 1), value=1.0)
 
 
 def _ratio(y: Tensor) -> Tensor:
