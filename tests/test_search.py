@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, trainer
+from tiny import ARCHITECTURES, task, trainer, write_pairs
 from torch import Tensor
 
+import headway
 from headway.data.batches import collate
 from headway.data.sources import DataSpec, load_splits
 from headway.generate.search import Found, beam, greedy
 from headway.generate.step import step_of
+from headway.hub import Loaded
 from headway.models.seq2seq import Memory, Model
 from headway.state import Recurrent
 from headway.text import BOS, EOS, PAD
@@ -25,8 +27,12 @@ LIMIT = 24
 
 @dataclass(frozen=True)
 class Trained:
-    net: Model
+    loaded: Loaded
     words: list[list[int]]  # encoded, of all lengths, none seen in training
+
+    @property
+    def net(self) -> Model:
+        return self.loaded.net
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,7 @@ def trained(
     )  # fmt: skip
     model = loop.fit()
     quarter = test[sorted(ARCHITECTURES).index(request.param) :: 4]
-    return Trained(model.net, [model.source.encode(word) for word in quarter])
+    return Trained(model, [model.source.encode(word) for word in quarter])
 
 
 def batches(words: list[list[int]], size: int = 100) -> list[tuple[Tensor, Tensor | None]]:
@@ -276,3 +282,54 @@ def test_a_limit_cuts_answers_and_nothing_else(trained: Trained) -> None:
 def test_no_beam_at_all_is_refused(trained: Trained) -> None:
     with pytest.raises(ValueError, match="beams is 1 or more, not 0"):
         beam(trained.net, torch.tensor([[5, EOS]]), beams=0)
+
+
+def test_a_smaller_penalty_on_length_makes_shorter_answers(trained: Trained) -> None:
+    texts = [trained.loaded.source.decode(word) for word in trained.words[::6]]
+    short, plain, long = (
+        sum(len(g.ids) for g in trained.loaded.generate(texts, beams=3, penalty=penalty)) for penalty in (0.0, 1.0, 3.0)
+    )
+    assert short <= plain <= long
+    assert short < long
+    with pytest.raises(ValueError, match="0 or more, not -1"):
+        trained.loaded.generate(["a"], beams=3, penalty=-1.0)
+
+
+def test_a_word_takes_one_thread_and_gives_the_others_back(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    fails: list[Exception] = []
+
+    def watched(*given: Any, **named: Any) -> list[Found]:
+        seen.append(torch.get_num_threads())
+        if fails:
+            raise fails[0]
+        return greedy(*given, **named)
+
+    monkeypatch.setattr("headway.hub.greedy", watched)
+    monkeypatch.setattr("headway.hub.FEW", 3 * trained.loaded.parameters)
+    torch.set_num_threads(2)
+    try:
+        trained.loaded.generate(["word"])
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+        trained.loaded.generate(["some", "more", "words"])
+        assert (seen, torch.get_num_threads()) == ([1, 2], 2)
+        fails.append(KeyError("broken"))
+        with pytest.raises(KeyError):
+            trained.loaded.generate(["word"])
+        assert (seen, torch.get_num_threads()) == ([1, 2, 1], 2)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_beams_and_penalty_of_a_recipe_answer_its_test_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[int, float]] = []
+
+    def heard(net: Model, source: Tensor, valid: Tensor | None, **named: Any) -> list[Found]:
+        given.append((named["beams"], named["penalty"]))
+        return beam(net, source, valid, **named)
+
+    monkeypatch.setattr("headway.hub.beam", heard)
+    pairs = write_pairs(tmp_path / "pairs.tsv")
+    result = headway.train(task(pairs, budget={"steps": 1}, evaluations=1, beams=2, penalty=0.5), out=tmp_path / "run")
+    assert set(given) == {(2, 0.5)}
+    assert (result["beams"], result["penalty"]) == (2, 0.5)

@@ -83,11 +83,26 @@ def test_a_flattened_step_is_the_models_own_to_the_bit(changed: dict[str, Any], 
     assert not torch.equal(own[0], own[1]), "steps that say the same prove nothing"
 
 
-def test_a_plain_transformer_steps_without_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_is_all_padding_is_left_to_attend() -> None:
+    model, source = net({}), torch.tensor([[5, 6, 7], [5, 6, 7]])
+    valid = torch.tensor([[True, True, False], [False, False, False]])
+    with torch.inference_mode():
+        memory = model.encode(source, valid)
+        own, flat = ([], [])
+        for logits, state in ((own, model.init_state(2, 8)), (flat, model.init_state(2, 8))):
+            step = step_of(model, memory, state)
+            for t in range(3):
+                last, pos = torch.full((2, 1), 5 + t), torch.full((2, 1), t)
+                logits.append(step(last, pos) if logits is flat else model.decode(last, memory, pos=pos, state=state))
+    assert all(torch.equal(one, two) for one, two in zip(own, flat, strict=True))
+
+
+@pytest.mark.parametrize("valid", [None, torch.tensor([[True, True, False]])], ids=["whole", "padded"])
+def test_a_plain_transformer_steps_without_a_module(monkeypatch: pytest.MonkeyPatch, valid: Tensor | None) -> None:
     model = net({})
     source = torch.tensor([[5, 6, 7]])
     with torch.inference_mode():
-        memory, state = model.encode(source), model.init_state(1, 8)
+        memory, state = model.encode(source, valid), model.init_state(1, 8)
         step = step_of(model, memory, state)
         step(torch.tensor([[BOS]]), torch.tensor([[0]]))  # the cross mixers fill their states
         monkeypatch.setattr(nn.Module, "__call__", None)
@@ -127,6 +142,6 @@ def test_a_kind_of_attention_that_is_not_known_is_called_as_it_is() -> None:
 
     model = net({})
     model.decoder.blocks[0].mixer.inner.__class__ = Louder
-    assert not flattened._plain(model.decoder.blocks[0].mixer.inner)
+    assert not flattened._plain(model.decoder.blocks[0].mixer.inner, torch.zeros(1, 7, 32))
     own, flat = (streams(model, 1, False, flat) for flat in (False, True))
     assert all(torch.equal(one, two) for one, two in zip(own, flat, strict=True))

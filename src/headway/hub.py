@@ -23,7 +23,7 @@ from headway.store import check_fit, read_folder, write_folder
 from headway.text import UNK, Tokenizer
 
 MAX_TOKENS = 2**16  # the longest text any model here may claim to take
-FEW = 2**24  # multiplications of a step below which a second thread costs more to wake than it takes over
+FEW = 2**23  # multiplications of a step below which a second thread costs more to wake than it takes over
 
 
 class Generation(NamedTuple):

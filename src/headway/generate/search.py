@@ -18,6 +18,7 @@ from headway.generate.step import step_of
 from headway.models.seq2seq import Memory, Model
 from headway.text import BOS, EOS, PAD
 
+EXPECTED = 16  # tokens that states have room for at first; it doubles, and `limit` is far beyond most answers
 CROWDED = (
     0.75  # share of rows still going below which the others leave; it costs a copy, so not for every row that ends
 )
@@ -36,7 +37,7 @@ def greedy(
 ) -> list[Found]:
     """The likeliest next token, until EOS or `limit` tokens. Rows that are done leave the batch."""
     rows = source.shape[0]
-    memory, state = model.encode(source, valid), model.init_state(rows, limit)
+    memory, state = model.encode(source, valid), model.init_state(rows, min(limit, EXPECTED))
     step = step_of(model, memory, state)
     ids: list[list[int]] = [[] for _ in range(rows)]
     score, going = [0.0] * rows, [True] * rows
@@ -82,7 +83,7 @@ def beam(
     rows, device = source.shape[0], source.device
     there = torch.arange(rows, device=device)  # whom each row of beams answers
     memory = _rows(model.encode(source, valid), there.repeat_interleave(beams))
-    state = model.init_state(rows * beams, limit)
+    state = model.init_state(rows * beams, min(limit, EXPECTED))
     step = step_of(model, memory, state)
     kept = Beams.start(rows, beams, device)
     last = source.new_full((rows * beams, 1), BOS)

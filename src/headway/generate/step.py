@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.attend import explain
+from headway.attend import FULL, explain
 from headway.block import Block, Residual, Stack, States
 from headway.layers import Dropout, FeedForward, activate
 from headway.mask import Mask
@@ -32,7 +32,7 @@ CAUSAL = Mask(causal=True)
 def step_of(model: Model, memory: Memory, state: States) -> Mix:
     """`step(last, pos)`: the logits `Float[B 1 V]` behind the one new token of each row, `Int[B 1]`, unpadded.
 
-    It holds on to `memory` and the weights: make a new one where rows leave, and for every search.
+    It holds on to `memory` and the weights: make a new one where rows go over to another source, and for every search.
     """
     decoder = model.decoder if type(model) is Model else None
     if type(decoder) is not Stack or _watched(model) or _watched(decoder):
@@ -58,7 +58,7 @@ def _block(block: Block, memory: Memory, state: tuple[State | None, State | None
         return lambda x, pos: block(x, mask=CAUSAL, pos=pos, state=state, context=memory.x, context_mask=mask)
     chain = []
     if mixer is not None:
-        chain.append(_residual(mixer, _own(mixer.inner, state[0])))
+        chain.append(_residual(mixer, _own(mixer.inner, state[0], memory)))
     if cross is not None:
         chain.append(_residual(cross, _cross(cross.inner, state[1], memory, mask)))
     if feedforward is not None:
@@ -78,9 +78,9 @@ def _residual(part: Residual, mix: Mix) -> Mix:
     return lambda x, pos: after(x + drop(behind(mix(before(x), pos))))
 
 
-def _own(mixer: nn.Module, state: State | None) -> Mix:
+def _own(mixer: nn.Module, state: State | None, memory: Memory) -> Mix:
     """The mixer of the tokens themselves. The newest of them sees all that came before, so that no mask is needed."""
-    if not isinstance(mixer, Attention) or not _plain(mixer) or type(state) is not KeyValue or state.padded:
+    if not isinstance(mixer, Attention) or type(state) is not KeyValue or state.padded or not _plain(mixer, memory.x):
         return lambda h, pos: mixer(h, mask=CAUSAL, pos=pos, state=state)
     query, key_value, out = (_bare(m) for m in (mixer.query, mixer.key_value, mixer.out))
     query_norm, key_norm, rotate = _bare(mixer.query_norm), _bare(mixer.key_norm), mixer.positions.rotate
@@ -103,31 +103,39 @@ def _cross(mixer: nn.Module, state: State | None, memory: Memory, mask: Mask) ->
     def module(h: Tensor, pos: Tensor) -> Tensor:
         return mixer(h, mask=mask, pos=pos, state=state, context=memory.x)
 
-    if not isinstance(mixer, Attention) or not _plain(mixer) or type(state) is not Cross or memory.valid is not None:
+    if not isinstance(mixer, Attention) or type(state) is not Cross or not _plain(mixer, memory.x, mask):
         return module
     query, query_norm, out = _bare(mixer.query), _bare(mixer.query_norm), _bare(mixer.out)
     heads, width, grouped = mixer.heads, mixer.head_dim, mixer.heads != mixer.kv_heads
+    seen = None if memory.valid is None else memory.valid[:, None, None]  # B 1 1 S
+    kept: tuple[Tensor, ...] = ()
 
     def mix(h: Tensor, pos: Tensor) -> Tensor:
+        nonlocal kept
         if not state.kept:
             return module(h, pos)
-        rows = h.shape[0]
-        k, v = state.kept
-        y = F.scaled_dot_product_attention(query_norm(query(h).view(rows, heads, 1, width)), k, v, enable_gqa=grouped)
+        if not kept:  # what is padding is zeroed as `attend` does it, but once
+            kept = state.kept if seen is None else tuple(t.masked_fill(~seen.mT, 0.0) for t in state.kept)
+        rows, (k, v) = h.shape[0], kept
+        q = query_norm(query(h).view(rows, heads, 1, width))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
         return out(y.reshape(rows, 1, heads * width))
 
     return mix
 
 
-def _plain(mixer: Attention) -> bool:
-    """Whether its step is projections around PyTorch's kernel and nothing else, nor another kernel chosen for it."""
+def _plain(mixer: Attention, x: Tensor, mask: Mask = FULL) -> bool:
+    """Whether one query over the tokens `x` is projections around PyTorch's kernel, and `attend` would take that."""
     if type(mixer) is not Attention or _watched(mixer) or mixer.softcap is not None or mixer.local.window is not None:
         return False
     if type(mixer.positions).bias is not Positions.bias:
         return False
-    weight = mixer.query.weight
-    q, k = (weight.new_empty(1, heads, 1, mixer.head_dim) for heads in (mixer.heads, mixer.kv_heads))
-    return explain(q, k, k).startswith("sdpa: no mask")
+    if mask.valid is not None and not bool(mask.valid.any(1).all()):
+        return False  # a row that sees nothing gives zeros
+    rows, keys = x.shape[:2]
+    none = mixer.query.weight.new_empty(1)
+    q, k = none.expand(rows, mixer.heads, 1, mixer.head_dim), none.expand(rows, mixer.kv_heads, keys, mixer.head_dim)
+    return explain(q, k, k, mask).startswith("sdpa")
 
 
 def _bare(module: nn.Module) -> Apply:
