@@ -36,10 +36,11 @@ def run(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
+    grouped, unfused = q.shape[1] != k.shape[1], _slow_back(q, k, v) and not dropout
     if _free(mask, q_pos is not None or k_pos is not None, bias is not None):
-        if _slow_back(q, k, v) and not dropout:
-            return _unfused(q, k, v, mask.causal, scale)
+        if unfused:
+            causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+            return _unfused(q, k, v, causal if mask.causal else None, scale)
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=mask.causal, scale=scale, enable_gqa=grouped
         )
@@ -50,6 +51,8 @@ def run(
     lowered = allowed | ~alive
     if bias is not None:
         lowered = torch.where(lowered, bias, float("-inf")).to(q.dtype)
+    if unfused:
+        return _unfused(q, k, v, lowered, scale).masked_fill(~alive, 0.0)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=lowered, dropout_p=dropout, scale=scale, enable_gqa=grouped)
     return y.masked_fill(~alive, 0.0)
 
@@ -65,10 +68,12 @@ def _slow_back(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return trains and q.dtype == torch.bfloat16 and q.device.type == "cpu" and max(q.shape[2], k.shape[2]) <= SHORT
 
 
-def _unfused(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+def _unfused(q: Tensor, k: Tensor, v: Tensor, lowered: Tensor | None, scale: float) -> Tensor:
+    """`lowered` is the mask as PyTorch takes it: true where a query may look, or what is added to the scores."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = (q @ k.mT) * scale
-    if causal:
-        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(ahead, float("-inf"))
+    if lowered is not None and lowered.dtype == torch.bool:
+        scores = scores.masked_fill(~lowered, float("-inf"))
+    elif lowered is not None:
+        scores = scores + lowered
     return scores.softmax(-1) @ v
