@@ -187,7 +187,7 @@ def test_entries_are_split_outside_brackets() -> None:
     assert entries_of("attention:window=[512,0], rnn,") == ["attention:window=[512,0]", "rnn"]
     found = named_subject("attention:window=[512,0]:causal=false", LIKE, 8)
     assert found.job.named == {"name": "attention", "window": [512, 0]} and not found.job.causal
-    assert found.record()["title"] == "attention:window=[512,0], bidirectional"
+    assert found.record()["title"] == "attention:window=[512,0] (bidirectional)"
     kernel = named_subject("kernel:sdpa:window=4", LIKE, 8)
     assert kernel.job.kernel and kernel.job.causal and kernel.job.named == {"name": "sdpa", "window": 4}
 
@@ -196,9 +196,9 @@ def test_what_cannot_be_causal_is_measured_bidirectional_and_held_against_its_li
     found = subjects_of(["fourier", "average"], LIKE, 8)
     said = [(one.record()["title"], one.full) for one in found]
     assert said == [
-        ("attention, bidirectional", True),
+        ("attention (bidirectional)", True),
         ("attention", True),
-        ("fourier, bidirectional", False),
+        ("fourier (bidirectional)", False),
         ("average", False),
     ]
 
@@ -446,7 +446,13 @@ def test_the_page_loads_nothing_and_tells_all() -> None:
 
 def test_the_verdict_leaves_controls_and_kernels_out() -> None:
     text = Page(render(example())).text
-    assert "Faster than full attention here, first of 2 alternatives: rnn (from 3,000)." in text
+    assert "Faster than full attention here, first of 2: rnn, from 3,000." in text
+
+
+def test_the_verdict_names_them_where_there_is_nothing_else() -> None:
+    results = example()
+    results["subjects"] = [r for r in results["subjects"] if r["full"] or r["title"] == "average"]
+    assert "first of 1: average, always, from 512." in Page(render(results)).text
 
 
 def test_hostile_names_are_escaped() -> None:

@@ -108,7 +108,7 @@ def summary(results: Sequence[dict[str, Any]], phonemes: bool) -> None:
 def _print(title: str, headings: Sequence[str], results: Sequence[dict[str, Any]], rows: list[list[Text]]) -> None:
     """One row a model or mixer; narrow enough for a terminal of 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    table.add_column(title, vertical="bottom")
+    table.add_column(title, vertical="bottom", overflow="fold")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
     for result, cells in zip(results, rows, strict=True):

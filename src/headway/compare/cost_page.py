@@ -90,7 +90,8 @@ def what(results: Mapping[str, Any]) -> str:
         if count
     ]
     hardware, on = results["hardware"], chosen["device"]
-    where = f"{hardware['cpu']} with {results['threads']} threads" if on == "cpu" else hardware["device"]
+    threads = f"{results['threads']} thread{'' if results['threads'] == 1 else 's'}"
+    where = f"{hardware['cpu']} with {threads}" if on == "cpu" else hardware["device"]
     return (
         f"{listed(counted)}, {'forward and backward' if chosen['train'] else 'forward'}, one sequence, "
         f"{chosen['heads']} heads of width {chosen['width'] // chosen['heads']}, fp32, on {where}."

@@ -24,14 +24,14 @@ GROUPS = (EXACT, APPROXIMATE, RECURRENT, CONVOLUTION, CONTROL, OTHER, KERNELS)
 
 # What is measured unasked: the group of each mixer, and its settings by title. One that is not here has its defaults.
 SETTINGS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
-    "attention": (EXACT, {"attention": {}, "attention, window 512": {"window": [512, 0]}}),
-    "longformer": (EXACT, {"longformer, ±256": {"window": 256, "causal": False}}),
-    "linformer": (APPROXIMATE, {"linformer, rank 256": {"rank": 256}}),
+    "attention": (EXACT, {"attention": {}, "attention window 512": {"window": [512, 0]}}),
+    "longformer": (EXACT, {"longformer ±256": {"window": 256, "causal": False}}),
+    "linformer": (APPROXIMATE, {"linformer rank 256": {"rank": 256}}),
     "performer": (APPROXIMATE, {"performer": {}}),
-    "linear": (RECURRENT, {f"linear, {kind}": {"kind": kind} for kind in ("plain", "retention", "gated", "delta")}),
+    "linear": (RECURRENT, {f"linear {kind}": {"kind": kind} for kind in ("plain", "retention", "gated", "delta")}),
     "ssm": (RECURRENT, {"ssm": {}}),
-    "rnn": (RECURRENT, {"rnn, lstm": {}, "rnn, gru": {"cell": "gru"}}),
-    "conv": (CONVOLUTION, {"conv, 3 tokens": {}, "conv, full length": {"kernel": AT_LENGTH, "depthwise": True}}),
+    "rnn": (RECURRENT, {"rnn lstm": {}, "rnn gru": {"cell": "gru"}}),
+    "conv": (CONVOLUTION, {"conv 3 tokens": {}, "conv full length": {"kernel": AT_LENGTH, "depthwise": True}}),
     "identity": (CONTROL, {"identity": {}}),
     "average": (CONTROL, {"average": {}}),
     "fourier": (CONTROL, {"fourier": {}}),
@@ -53,7 +53,7 @@ class Subject:
         return self.job.named == FULL[self.job.kernel]
 
     def record(self) -> dict[str, Any]:
-        title = self.title if self.job.causal else f"{self.title}, bidirectional"
+        title = self.title if self.job.causal else f"{self.title} (bidirectional)"
         return {**asdict(self), "title": title, "full": self.full}
 
 
@@ -112,7 +112,7 @@ def everything(like: Job, length: int) -> list[Subject]:
             found.append(Subject(title, group, replace(job, causal=causal)))
     for name in kernels.names():
         window = {"window": WINDOWED[name]} if name in WINDOWED else {}
-        title = f"{name}, window {window['window']}" if window else name
+        title = f"{name} window {window['window']}" if window else name
         found.append(Subject(title, KERNELS, replace(like, named={"name": name, **window}, kernel=True)))
     return sorted(found, key=lambda one: GROUPS.index(one.group))
 

@@ -12,8 +12,9 @@ Record = Mapping[str, Any]
 
 
 def verdict(records: Sequence[Record]) -> str:
-    """Who overtakes full attention first, and who never does; controls and kernels aside, which is no fair race."""
-    racing = [r for r in records if r["crossover"] and r["group"] not in (CONTROL, KERNELS)]
+    """Who overtakes full attention first, and who never does; controls and kernels aside, where there are others."""
+    alternatives = [r for r in records if r["crossover"]]
+    racing = [r for r in alternatives if r["group"] not in (CONTROL, KERNELS)] or alternatives
     ahead = sorted(
         (r["crossover"]["length"] or 0.0, r["title"], r["crossover"]["words"])
         for r in racing
@@ -24,9 +25,9 @@ def verdict(records: Sequence[Record]) -> str:
         return "Nothing was measured at the same lengths as full attention."
     if not ahead:
         return f"Full attention is the fastest at {max(r['crossover']['longest'] for r in behind):,} tokens."
-    named = listed([f"{title} ({words})" for _, title, words in ahead[:3]])
+    named = "; ".join(f"{title}, {words}" for _, title, words in ahead[:3])
     more = f" {len(ahead) - 3} more follow." if len(ahead) > 4 else " One more follows." if len(ahead) > 3 else ""
-    text = f"Faster than full attention here, first of {len(racing)} alternatives: {named}.{more}"
+    text = f"Faster than full attention here, first of {len(racing)}: {named}.{more}"
     if behind:
         text += f" Not faster at the longest length measured for both: {listed([r['title'] for r in behind])}."
     return text
