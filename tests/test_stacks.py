@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_mixers import NEEDED
 from torch import Tensor
 
 from headway import mixers
@@ -14,15 +15,11 @@ from headway.spec import BlockSpec, FeedForwardSpec, PositionSpec, StackSpec
 
 WIDTH, LENGTH = 16, 11
 NAMES = [name for name in mixers.names() if name != "summary"]  # which has a place in the cross slot alone
-NEEDED: dict[str, dict[str, Any]] = {
-    "attention": {"heads": 4},
-    "linformer": {"heads": 4},
-    "longformer": {"window": [2, 2]},
-}
+OPTIONS: dict[str, dict[str, Any]] = {**NEEDED, "longformer": {"window": [2, 2]}}
 
 
 def stack(*names: str) -> Stack:
-    blocks = [BlockSpec(mixer={"name": n, **NEEDED.get(n, {})}, feedforward=FeedForwardSpec(hidden=8)) for n in names]
+    blocks = [BlockSpec(mixer={"name": n, **OPTIONS.get(n, {})}, feedforward=FeedForwardSpec(hidden=8)) for n in names]
     return Stack(StackSpec(blocks=tuple(blocks), repeat=2, positions=PositionSpec(name="sinusoidal")), WIDTH).eval()
 
 
@@ -67,7 +64,8 @@ def test_a_decoder_streamed_step_by_step_equals_the_whole(name: str) -> None:
             at = torch.full((2, 1), t)
             steps.append(body(x[:, t : t + 1], mask=Mask(causal=True), pos=at, state=state))
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-4, rtol=1e-4)
-    assert sum(kept.nbytes for pair in state for kept in pair if kept is not None) >= 0
+    stated = sum(2 * block.mixer.inner.cost(LENGTH).state_bytes for block in body.blocks)  # two rows
+    assert sum(kept.nbytes for pair in state for kept in pair if kept is not None) == stated
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headway import kernels
-from headway.kernels import Call, places
+from headway.kernels import Call, places, sdpa
 from headway.mask import Mask
 
 FULL = Mask()
@@ -47,9 +47,10 @@ def attend(
     """Exact attention with the fastest legal backend; heads in groups share keys and values (1911.02150, 2305.13245).
 
     Positions are 0, 1, 2, ... where not given; a key at -1 is seen by nobody. `aligned` promises that given positions
-    rise by one from token to token within every sequence (padding at the ends, at -1), so that kernels may read
-    distances off indices. A query that may see nothing gives zeros. `scale` is 1/sqrt(D) where not given; `softcap` c
-    turns a scaled score s into c tanh(s / c) (2408.00118); `bias` is added behind it; `dropout` is on the weights.
+    are the same for queries and keys and rise by one from token to token within every sequence (padding at the ends,
+    at -1), so that kernels may read distances off indices. A query that may see nothing gives zeros. `scale` is
+    1/sqrt(D) where not given; `softcap` c turns a scaled score s into c tanh(s / c) (2408.00118); `bias` is added
+    behind it; `dropout` is on the weights.
     """
     call = call_of(
         q, k, v, mask, q_pos=q_pos, k_pos=k_pos, aligned=aligned, bias=bias, softcap=softcap, dropout=dropout
@@ -155,7 +156,7 @@ def kept_bytes(call: Call) -> int:
     size = 4 * call.rows * call.heads * call.queries  # the sum of each query's exponentials
     if chosen == "reference":
         return call.rows * call.heads * pairs * 4 * (3 if call.softcap else 2) + size
-    dense = chosen == "sdpa" and (call.bias or call.positions or not call.mask.facts <= {"causal", "bidirectional"})
+    dense = chosen == "sdpa" and not sdpa.free(call.mask, call.positions, call.bias)
     return size + (4 * pairs * (call.heads if call.bias else 1) if dense else 0)
 
 

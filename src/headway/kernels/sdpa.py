@@ -17,7 +17,7 @@ def refuses(call: Call) -> str:
 
 
 def pays(call: Call) -> str:
-    if _free(call.mask, call.positions, call.bias):
+    if free(call.mask, call.positions, call.bias):
         return "is_causal, queries and keys start together" if call.mask.causal else "no mask is needed"
     asked = call.mask.facts - {"bidirectional"}
     asked |= {name for name in ("positions", "bias") if getattr(call, name)}
@@ -37,10 +37,10 @@ def run(
     dropout: float,
 ) -> Tensor:
     grouped, unfused = q.shape[1] != k.shape[1], _slow_back(q, k, v) and not dropout
-    if _free(mask, q_pos is not None or k_pos is not None, bias is not None):
+    if free(mask, q_pos is not None or k_pos is not None, bias is not None):
         if unfused:
-            causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-            return _unfused(q, k, v, causal if mask.causal else None, scale)
+            seen = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if mask.causal else None
+            return _unfused(q, k, v, seen, scale)
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=mask.causal, scale=scale, enable_gqa=grouped
         )
@@ -57,7 +57,7 @@ def run(
     return y.masked_fill(~alive, 0.0)
 
 
-def _free(mask: Mask, positions: bool, bias: bool) -> bool:
+def free(mask: Mask, positions: bool, bias: bool) -> bool:
     """Whether PyTorch can do without a dense mask."""
     return not positions and not bias and mask.facts <= {"causal", "bidirectional"}
 
