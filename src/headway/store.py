@@ -25,15 +25,22 @@ MANIFEST = "manifest.json"
 
 def write_folder(folder: Path, tensors: dict[str, dict[str, Tensor]], records: dict[str, Any]) -> None:
     """Writes `NAME.safetensors` and `NAME.json` files as a new folder, or not at all; replaces an older one."""
-    fresh = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
-    try:
-        fresh.mkdir(parents=True)
+    with replacing(folder) as fresh:
         for name, group in tensors.items():
-            save_file(_unshared(group), fresh / f"{name}.safetensors")
+            save_file(unshared(group), fresh / f"{name}.safetensors")
         for name, record in records.items():
             (fresh / f"{name}.json").write_text(json.dumps(record, indent=1), "utf-8")
         sums = {file.name: _sha256(file) for file in sorted(fresh.iterdir())}
         (fresh / MANIFEST).write_text(json.dumps(sums, indent=1), "utf-8")
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder to fill with files, which takes `folder`'s place once the block is left without an error."""
+    fresh = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
         for file in (*fresh.iterdir(), fresh):
             _flush(file)
         _swap(fresh, folder)
@@ -111,7 +118,7 @@ def check_fit(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None
         raise ValueError(f"{where}: its weights are not this model's ({fault}): spec and weights must come together")
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The format stores no shared memory, so that a tied weight is written under each of its names."""
     seen: set[int] = set()
     found = {}
