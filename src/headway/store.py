@@ -124,8 +124,9 @@ def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().contiguous()
-        found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+        memory = tensor.untyped_storage().data_ptr()  # not the tensor's own: parts of one may overlap
+        found[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
     return found
 
 
