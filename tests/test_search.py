@@ -305,8 +305,8 @@ def test_a_word_takes_one_thread_and_gives_the_others_back(trained: Trained, mon
             raise fails[0]
         return greedy(*given, **named)
 
-    monkeypatch.setattr("headway.hub.greedy", watched)
-    monkeypatch.setattr("headway.hub.FEW", 3 * trained.loaded.parameters)
+    monkeypatch.setattr("headway.generate.answers.greedy", watched)
+    monkeypatch.setattr("headway.generate.answers.FEW", 3 * trained.loaded.parameters)
     torch.set_num_threads(2)
     try:
         trained.loaded.generate(["word"])
@@ -328,7 +328,7 @@ def test_beams_and_penalty_of_a_recipe_answer_its_test_inputs(tmp_path: Path, mo
         given.append((named["beams"], named["penalty"]))
         return beam(net, source, valid, **named)
 
-    monkeypatch.setattr("headway.hub.beam", heard)
+    monkeypatch.setattr("headway.generate.answers.beam", heard)
     pairs = write_pairs(tmp_path / "pairs.tsv")
     result = headway.train(task(pairs, budget={"steps": 1}, evaluations=1, beams=2, penalty=0.5), out=tmp_path / "run")
     assert set(given) == {(2, 0.5)}

@@ -83,7 +83,7 @@ def test_a_spec_cannot_be_changed() -> None:
         ({"blocks": [], "repeats": 2}, "unknown key 'repeats'; did you mean 'repeat'?"),
         ({"blocks": [{"mixr": None}]}, "unknown key 'blocks[0].mixr'; did you mean 'mixer'?"),
         ({"blocks": [{}, {"feedforward": {"hiden": 3}}]}, "unknown key 'blocks[1].feedforward.hiden'; did you mean 'h"),
-        ({"blocks": [], "positions": {"zzz": 1}}, "unknown key 'positions.zzz'; there is base, length, name"),
+        ({"blocks": [], "positions": {"zzz": 1}}, "unknown key 'positions.zzz'; there is base, both, buckets"),
     ],
 )
 def test_a_misspelt_key_is_refused_with_its_place_and_the_nearest(data: dict, words: str) -> None:

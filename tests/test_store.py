@@ -295,7 +295,7 @@ def test_tokenizers_of_another_model_are_refused(model: Path) -> None:
     (model / "source.json").write_bytes((model / "target.json").read_bytes())
     (model / "target.json").write_bytes(source)
     sign(model)
-    assert "not the tokenizers" in refusal(model)
+    assert "not the tokenizer" in refusal(model)
 
 
 def changed_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> str:

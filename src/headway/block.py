@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from headway import mixers
 from headway.attend import FULL
-from headway.layers import NORMS, Dropout, FeedForward
+from headway.layers import Dropout, FeedForward, Scale, norm
 from headway.mask import Mask
 from headway.positions import Positions, build_positions
 from headway.spec import BlockSpec, StackSpec
@@ -120,22 +120,25 @@ class ParallelBlock(Block):
 
 def build_block(spec: BlockSpec, width: int, positions: Positions, dropout: float) -> Block:
     """A block from its spec."""
-    norm = NORMS[spec.norm]
     before, behind, after = {  # which of them is a norm
-        "pre": (norm, None, None),
-        "post": (None, None, norm),
-        "sandwich": (norm, norm, None),
-        "parallel": (norm, None, None),
+        "pre": (True, False, False),
+        "post": (False, False, True),
+        "sandwich": (True, True, False),
+        "parallel": (True, False, False),
     }[spec.wiring]
     residual, block = (Branch, ParallelBlock) if spec.wiring == "parallel" else (Residual, Block)
 
-    def place(part: type[nn.Module] | None) -> nn.Module:
-        return nn.Identity() if part is None else part(width)
+    def place(is_norm: bool) -> nn.Module:
+        return norm(spec.norm, width, spec.norm_eps) if is_norm else nn.Identity()
 
     def wire(inner: nn.Module | None) -> Residual | None:
         if inner is None:
             return None
-        return residual(inner, place(before), place(behind), place(after), Dropout(dropout))
+        end = place(behind)
+        if spec.layer_scale is not None:
+            scale = Scale(width, spec.layer_scale)
+            end = scale if isinstance(end, nn.Identity) else nn.Sequential(end, scale)
+        return residual(inner, place(before), end, place(after), Dropout(dropout))
 
     return block(
         wire(mixers.build(spec.mixer, width, positions) if spec.mixer is not None else None),
@@ -158,10 +161,15 @@ class Stack(nn.Module):
         dims = {dim for dim in found if dim is not None}
         if len(dims) > 1:
             raise ValueError(f"the attention mixers of one stack share a head width; these differ: {sorted(dims)}")
-        self.positions = build_positions(spec.positions, width, next(iter(dims), None))
+        counts = {heads for block in blocks if (heads := mixers.heads(block.mixer)) is not None}
+        self.positions = build_positions(
+            spec.positions, width, next(iter(dims), None), next(iter(counts)) if len(counts) == 1 else None
+        )
         self.dropout = Dropout(dropout)
         self.blocks: Any = nn.ModuleList(build_block(block, width, self.positions.inside, dropout) for block in blocks)
-        self.norm = NORMS[blocks[-1].norm](width) if spec.final_norm else nn.Identity()
+        first, last = blocks[0], blocks[-1]
+        self.first_norm = norm(first.norm, width, first.norm_eps) if spec.first_norm else nn.Identity()
+        self.norm = norm(last.norm, width, last.norm_eps) if spec.final_norm else nn.Identity()
         for slot in ("mixer", "cross"):
             inner = [part.inner for block in self.blocks if (part := getattr(block, slot)) is not None]
             for i, mixer in enumerate(inner):
@@ -187,7 +195,7 @@ class Stack(nn.Module):
         context_mask: Mask = FULL,
     ) -> Float[Tensor, "B T C"]:
         """`pos` is -1 exactly where `mask.valid` is false; within a sequence it counts up by one."""
-        x = self.dropout(self.positions.embed(x, pos))
+        x = self.dropout(self.first_norm(self.positions.embed(x, pos)))
         for i, block in enumerate(self.blocks):
             kept = state[i] if state is not None else (None, None)
             x = block(x, mask=mask, pos=pos, state=kept, context=context, context_mask=context_mask)

@@ -1,60 +1,39 @@
-"""Hub: where models come from and go to. A model folder holds its spec, weights and tokenizers; no pickle, no code.
+"""Hub: where models come from and go to: a folder of Headway's own, a published one, a GGUF file, a hub id.
 
-`headway.load("runs/demo/transformer").generate(["headway"])` is all there is to using one.
+`headway.load("runs/demo/transformer").generate(["headway"])` is all there is to using one. No pickle, no code.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from headway import __version__, machine, models
-from headway.data.batches import collate
-from headway.generate.search import beam, greedy
-from headway.models.seq2seq import Model
-from headway.store import check_fit, read_folder, write_folder
-from headway.text import UNK, Tokenizer
+from headway import families, machine, models
+from headway.families import Published
+from headway.generate.answers import Generation, answer_all
+from headway.heads import HeadSpec
+from headway.image import ImageSpec, from_published
+from headway.loaded import MAX_TOKENS, Facts
+from headway.loaded import Loaded as Bare
+from headway.spec import convert
+from headway.store import check_fit, read_folder, read_json
+from headway.text import Tokenizer
+from headway.transfer import blank, fill, published
+from headway.vocabulary import PublishedTokenizer
+from headway.weights import open_weights, write_shards
 
-MAX_TOKENS = 2**16  # the longest text any model here may claim to take
-FEW = 2**23  # multiplications of a step below which a second thread costs more to wake than it takes over
+__all__ = ["Generation", "Loaded", "load", "safe_name"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OLD = {"max_tokens", "lowercase"}  # facts that folders of Headway 0.1 keep beside the model
 
 
-class Generation(NamedTuple):
-    """One answer: its text, its tokens as ids and as text, and its log-probability in nats."""
-
-    text: str
-    ids: list[int]
-    tokens: list[str]
-    log_probability: float
-
-
-class Loaded:
-    """A network with its tokenizers, ready to use."""
-
-    def __init__(
-        self,
-        net: Model,
-        spec: dict[str, Any],
-        source: Tokenizer,
-        target: Tokenizer,
-        *,
-        max_tokens: int,
-        lowercase: bool = False,
-    ) -> None:
-        self.net, self.spec, self.source, self.target = net.eval(), spec, source, target
-        self.max_tokens, self.lowercase = max_tokens, lowercase
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers were learned; a shared one counts once."""
-        return sum(p.numel() for p in self.net.parameters())
+class Loaded(Bare):
+    """A network with its tokenizers, ready to use; `hidden` and `logits` give the raw tensors."""
 
     def generate(
         self, texts: Iterable[str], *, beams: int = 1, batch: int = 256, penalty: float = 1.0
@@ -63,111 +42,197 @@ class Loaded:
 
         Beams compete by log-probability over length^`penalty`: 0 favours short answers, more than 1 long ones.
         """
-        if isinstance(texts, str):
-            raise ValueError(f"generate takes a list of texts, not one: generate([{texts[:40]!r}])")
-        if batch < 1:
-            raise ValueError(f"generate: batch is 1 or more, not {batch}")
-        if not 0 <= penalty < math.inf:
-            raise ValueError(f"generate: penalty is a finite power of the length, 0 or more, not {penalty}")
-        texts = list(texts)
-        ids = [self.encode(text) for text in texts]
-        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
-        answers: dict[int, Generation] = {}
-        for rows in (order[i : i + batch] for i in range(0, len(order), batch)):
-            inputs = collate([(ids[i], []) for i in rows])
-            device = next(self.net.parameters()).device
-            valid = None if inputs.source_valid is None else inputs.source_valid.to(device)
-            source = inputs.source.to(device)
-            limit = self.max_tokens + 1  # and the end
-            with _threads(self.parameters * beams * len(rows)):
-                if beams == 1:
-                    found = greedy(self.net, source, valid, limit=limit)
-                else:
-                    found = beam(self.net, source, valid, beams=beams, limit=limit, penalty=penalty)
-            for i, (written, score) in zip(rows, found, strict=True):
-                answers[i] = Generation(self.target.decode(written), written, self.target.tokens(written), score)
-        return [answers[i] for i in range(len(texts))]
+        return answer_all(self, texts, beams=beams, batch=batch, penalty=penalty)
 
-    def unknown(self, text: str) -> list[str]:
-        """The pieces of a text that the model never saw in training."""
-        text = text.lower() if self.lowercase else text
-        pieces = text if len(self.source.encode(text)) == len(text) else text.split()
-        return sorted({piece for piece in pieces if self.source.encode(piece) == [UNK]})
-
-    def save(self, folder: str | Path) -> None:
-        """Writes the model as a folder, atomically."""
-        record = {
-            "headway": __version__,
-            "model": self.spec,
-            "max_tokens": self.max_tokens,
-            "lowercase": self.lowercase,
-        }
-        write_folder(
-            Path(folder),
-            {"model": self.net.state_dict()},
-            {"spec": record, "source": self.source.record(), "target": self.target.record()},
-        )
-
-    def encode(self, text: str) -> list[int]:
-        """The ids the network reads, lowered where it learned from lower case alone."""
-        ids = self.source.encode(text.lower() if self.lowercase else text)
-        if not ids:
-            raise ValueError("cannot answer an empty text: give at least one character")
-        if len(ids) > self.max_tokens:
-            raise ValueError(f"{text[:40]!r} has {len(ids)} tokens; this model takes {self.max_tokens}: shorten it")
-        return ids
+    def save(self, folder: str | Path, format: Literal["headway", "transformers"] = "headway") -> None:
+        """Writes the model as a folder, atomically: Headway's own, or one that transformers loads."""
+        if format == "headway":
+            return super().save(folder)
+        if format != "transformers":
+            raise ValueError(f"save: format is headway or transformers, not {format!r}")
+        return export(self, Path(folder))
 
 
-def load(folder: str | Path, device: str | torch.device | None = None) -> Loaded:
-    """A trained model from the folder that a run or `Loaded.save` wrote; every byte is checked."""
-    folder = Path(folder)
+def load(
+    source: str | Path,
+    device: str | torch.device | None = None,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    heads: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """A model from a folder (a run's, one that `save` wrote, or a published one), a safetensors or GGUF file, or a hub
+    id ("owner/name", through huggingface_hub). Strict: what is missing, unexpected or unknown is a ValueError.
+
+    dtype: of the weights. heads: new heads by name, {"classify": {"outputs": 3, "pool": "first"}}; they are the only
+    weights that are ever initialised, and they take the place of the checkpoint's own.
+    """
+    path = Path(source)
+    device = device or machine.device()
+    if dtype not in DTYPES:
+        raise ValueError(f"load: dtype is {', '.join(DTYPES)}, not {dtype!r}")
+    if path.suffix.lower() == ".gguf":
+        raise ValueError(f"{path}: GGUF is not read yet")
+    if path.is_file():
+        config = path.parent / "config.json"
+        if not config.is_file():
+            raise ValueError(f"{path}: no model here: no config.json beside it tells what the weights are of")
+        return _published(path.parent, path, device, dtype, heads)
+    if path.is_dir():
+        return _folder(path, device, dtype, heads)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
+        from headway.fetch import fetch
+
+        return _folder(fetch(str(source)), device, dtype, heads)
+    raise ValueError(f"{source}: no model here: no such folder or file, and no hub id (owner/name)")
+
+
+def _folder(folder: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) -> Loaded:
     inner = folder / "model"
     if (inner / "spec.json").is_file():
         folder = inner
-    if not (folder / "spec.json").is_file():
-        raise ValueError(f"{folder}: no model here (no spec.json); name the folder of one model of a finished run")
+    if (folder / "spec.json").is_file():
+        return _own(folder, device, dtype, heads)
+    if (folder / "config.json").is_file():
+        return _published(folder, folder, device, dtype, heads)
+    raise ValueError(f"{folder}: no model here (no spec.json, no config.json); name the folder of one model")
+
+
+def _own(folder: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) -> Loaded:
+    """A folder that `Loaded.save` wrote; every byte is checked."""
     tensors, records = read_folder(folder)
     for part in ("spec", "source", "target"):
-        if not isinstance(records.get(part), dict):
-            raise ValueError(f"{folder / part}.json: missing or not an object; the folder is not a whole model")
-    spec = records["spec"]
-    limit = spec.get("max_tokens")
-    if not isinstance(spec.get("model"), dict) or type(limit) is not int or not 1 <= limit <= MAX_TOKENS:
-        raise ValueError(f"{folder / 'spec.json'}: has no 'model', or no 'max_tokens' from 1 to {MAX_TOKENS}")
-    source, target = (Tokenizer.load(folder / f"{side}.json") for side in ("source", "target"))
-    if (source.vocab, target.vocab) != (spec["model"].get("source_vocab"), spec["model"].get("target_vocab")):
-        raise ValueError(f"{folder / 'source.json'}, target.json: not the tokenizers that spec.json was made with")
-    net = _network(spec["model"], tensors.get("model", {}), folder).to(device or machine.device())
-    return Loaded(
-        net, spec["model"], source, target, max_tokens=spec["max_tokens"], lowercase=spec.get("lowercase") is True
-    )
+        if part in records and not isinstance(records[part], dict):
+            raise ValueError(f"{folder / part}.json: not an object; the folder is not a whole model")
+    spec = records.get("spec")
+    if spec is None or not isinstance(spec.get("model"), dict):
+        raise ValueError(f"{folder / 'spec.json'}: missing, or has no 'model'; the folder is not a whole model")
+    where = str(folder / "spec.json")
+    facts = convert(spec.get("facts", {key: spec[key] for key in OLD if key in spec}), Facts, where)
+    if facts.max_tokens is not None and not 1 <= facts.max_tokens <= MAX_TOKENS:
+        raise ValueError(f"{where}: max_tokens is from 1 to {MAX_TOKENS}, not {facts.max_tokens}")
+    source, target = (_tokenizer(folder, side, records) for side in ("source", "target"))
+    model = spec["model"]
+    for side, tokenizer in (("source", source), ("target", target)):
+        if isinstance(tokenizer, Tokenizer) and tokenizer.vocab != model.get(f"{side}_vocab", model.get("vocab")):
+            raise ValueError(f"{folder / side}.json: not the tokenizer that spec.json was made with")
+    net = _network(model, tensors.get("model", {}), folder, heads).to(device, DTYPES[dtype])
+    image = convert(spec["image"], ImageSpec, where) if "image" in spec else None
+    return Loaded(net, _with_heads(model, heads), source, target, facts=facts, image=image)
 
 
-def _network(spec: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -> Model:
+def _tokenizer(folder: Path, side: str, records: dict[str, Any]) -> Tokenizer | PublishedTokenizer | None:
+    if side not in records:
+        return None
+    if records[side].keys() == {"tokenizer", "facts"}:
+        return PublishedTokenizer.from_record(records[side], folder / f"{side}.json")
+    return Tokenizer.load(folder / f"{side}.json")
+
+
+def _network(
+    spec: dict[str, Any], tensors: dict[str, Tensor], folder: Path, heads: Mapping[str, Any] | None
+) -> nn.Module:
     """The network of a spec, but only once its shapes are known to be those of `tensors`."""
     try:
         with torch.device("meta"):  # there, a spec that lies about its sizes costs nothing
             sketch = models.build(spec)
     except (ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{folder / 'spec.json'}: {str(error).splitlines()[0]}") from None
-    if not isinstance(sketch, Model):
-        raise ValueError(f"{folder / 'spec.json'}: a {spec['kind']} cannot answer; only seq2seq can")
     check_fit(sketch, tensors, folder / "model.safetensors")
-    net = models.build(spec)
-    assert isinstance(net, Model)
-    net.load_state_dict(tensors)
+    net = models.build(_with_heads(spec, heads))
+    net.load_state_dict({k: v for k, v in tensors.items() if not (heads and k.startswith("heads."))}, strict=not heads)
     return net
 
 
-@contextmanager
-def _threads(work: int) -> Iterator[None]:
-    """One thread for little work. The count is the calling thread's own, so nobody else who computes is slowed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if work < FEW else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _with_heads(spec: dict[str, Any], heads: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The spec with new heads in place of its own."""
+    if not heads:
+        return spec
+    if spec["kind"] not in ("encoder", "decoder", "vision"):
+        raise ValueError(f"load: new heads are for an encoder, a decoder or a vision model, not a {spec['kind']}")
+    return {**spec, "heads": {name: convert(head, HeadSpec, f"heads.{name}") for name, head in heads.items()}}
+
+
+def _published(folder: Path, weights: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) -> Loaded:
+    """A folder as transformers writes it, or one weights file in it."""
+    found = families.read(read_json(folder / "config.json", dict), str(folder / "config.json"))
+    tokenizer = None
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model",
+                                                   "tokenizer.model", "sentencepiece.bpe.model")):  # fmt: skip
+        tokenizer = PublishedTokenizer.from_folder(folder)
+    image = None
+    if (file := folder / "preprocessor_config.json").is_file() and found.spec["kind"] in ("vision", "dual"):
+        image = from_published(read_json(file, dict), file)
+    return build(found, open_weights(weights), weights, tokenizer, image, device, dtype, heads)
+
+
+def build(
+    found: Published,
+    weights: Mapping[str, Tensor],
+    where: Path,
+    tokenizer: PublishedTokenizer | None,
+    image: ImageSpec | None,
+    device: Any,
+    dtype: str,
+    heads: Mapping[str, Any] | None,
+) -> Loaded:
+    """A published checkpoint's model, filled tensor by tensor."""
+    spec = _with_heads(found.spec, heads)
+    with blank():
+        net = models.assemble(spec)
+    fresh = [f"heads.{name}.*" for name in heads or {}]
+    fill(
+        net,
+        weights,
+        rules_for(found, weights, heads),
+        dtype=DTYPES[dtype],
+        allow_fresh=fresh,
+        where=where,
+        device=device,
+    )
+    return Loaded(net, spec, tokenizer, facts=found.facts, image=image)
+
+
+def rules_for(found: Published, names: Collection[str], heads: Mapping[str, Any] | None = None) -> list[Any]:
+    """The rules, with the prefix left out where a file of the bare model leaves it out."""
+    from fnmatch import fnmatchcase
+
+    bare = bool(found.prefix) and not any(name.startswith(found.prefix) for name in names)
+    rules = []
+    for rule in found.rules:
+        ours = () if heads and any(name.startswith("heads.") for name in rule.ours) else rule.ours
+        theirs = tuple(name.removeprefix(found.prefix) if bare else name for name in rule.theirs)
+        rules += (
+            [rule._replace(ours=ours, theirs=theirs)] if ours else [rule._replace(ours=(), theirs=(t,)) for t in theirs]
+        )
+    ignored = [name for name in names if any(fnmatchcase(name, pattern) for pattern in found.ignore)]
+    return rules + [families.Rule((), (name,)) for name in ignored]
+
+
+def export(model: Loaded, folder: Path) -> None:
+    """A folder that transformers loads, atomically."""
+    import json
+
+    from headway.store import replacing
+
+    if not model.facts.family:
+        raise ValueError("save: this model is of no published family, so transformers cannot load it: format='headway'")
+    import msgspec
+
+    spec = msgspec.to_builtins(model.spec)
+    family = families.family(model.facts.family)
+    config = family.write(spec, model.facts)
+    found = families.read(config, "config.json")
+    files: dict[str, Any] = {"config.json": config}
+    if isinstance(model.source, PublishedTokenizer):
+        files |= model.source.files()
+    if model.image is not None:
+        from headway.image import to_published
+
+        files["preprocessor_config.json"] = to_published(model.image)
+    with replacing(folder) as fresh:
+        write_shards(fresh, published(model.net, found.rules))
+        for name, record in files.items():
+            (fresh / name).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def safe_name(name: str) -> str:

@@ -9,7 +9,23 @@ from torch import Tensor, nn
 
 from headway.spec import FeedForwardSpec
 
-NORMS = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+
+def norm(kind: str, width: int, eps: float | None = None) -> nn.Module:
+    """A norm over the last `width` numbers; `eps` is added to the variance (default: PyTorch's own)."""
+    if kind == "layer":
+        return nn.LayerNorm(width) if eps is None else nn.LayerNorm(width, eps)
+    return nn.RMSNorm(width, eps)
+
+
+class Scale(nn.Module):
+    """Multiplies a residual branch by a learned vector (LayerScale, 2103.17239)."""
+
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        return x * self.weight
 
 
 class FeedForward(nn.Module):
@@ -35,6 +51,10 @@ def activate(x: Float[Tensor, " *S"], name: str) -> Float[Tensor, " *S"]:
     match name:
         case "gelu":
             return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "quick_gelu":
+            return x * torch.sigmoid(1.702 * x)
         case "relu":
             return F.relu(x)
         case "relu2":
@@ -43,7 +63,7 @@ def activate(x: Float[Tensor, " *S"], name: str) -> Float[Tensor, " *S"]:
             return F.silu(x)
         case "tanh":
             return torch.tanh(x)
-    raise ValueError(f"no activation '{name}'; there is gelu, relu, relu2, silu, tanh")
+    raise ValueError(f"no activation '{name}'; there is gelu, gelu_tanh, quick_gelu, relu, relu2, silu, tanh")
 
 
 class Dropout(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from headway.spec import PositionSpec
+from headway.spec import PositionSpec, RotaryScaling
 
 
 class Positions(nn.Module):
@@ -23,6 +23,11 @@ class Positions(nn.Module):
     def inside(self) -> Positions:
         """What the mixers need of it. A scheme that only embeds gives them none, so that its table is saved once."""
         return self
+
+    @property
+    def biases(self) -> bool:
+        """Whether it adds to the scores."""
+        return type(self).bias is not Positions.bias
 
     def embed(self, x: Float[Tensor, "B T C"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
         return x
@@ -35,21 +40,22 @@ class Positions(nn.Module):
 
 
 class Learned(Positions):
-    """One vector a position (1706.03762, section 3.5)."""
+    """One vector a position (1706.03762, section 3.5); `offset` rows stand before that of position 0, unused."""
 
-    def __init__(self, width: int, length: int) -> None:
+    def __init__(self, width: int, length: int, offset: int = 0) -> None:
         super().__init__()
-        self.table = nn.Embedding(length, width)
+        self.length, self.offset = length, offset
+        self.table = nn.Embedding(length + offset, width)
 
     @property
     def inside(self) -> Positions:
         return Positions()
 
     def embed(self, x: Float[Tensor, "B T C"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
-        tokens, length = x.shape[1], self.table.num_embeddings
+        tokens, length = x.shape[1], self.length
         try:
             if tokens <= length:
-                return x + self.table(pos.clamp(min=0))
+                return x + self.table(pos.clamp(min=0) + self.offset if self.offset else pos.clamp(min=0))
         except IndexError:  # a stream is past the end; asking beforehand would stall a GPU
             tokens = int(pos.max()) + 1
         raise ValueError(
@@ -74,9 +80,9 @@ class Sinusoidal(Positions):
 class Rotary(Positions):
     """Rotates each pair (x_i, x_{i+D/2}) of a query or key by pos * base^(-2i/D) (2104.09864)."""
 
-    def __init__(self, head_dim: int, base: float) -> None:
+    def __init__(self, head_dim: int, base: float, scaling: RotaryScaling | None = None) -> None:
         super().__init__()
-        self.register_buffer("rates", _rates(head_dim, base), persistent=False)
+        self.register_buffer("rates", _scaled(_rates(head_dim, base), scaling), persistent=False)
         self._kept: tuple[Tensor, Tensor, Tensor] | None = None
         self.rates: Tensor
 
@@ -102,13 +108,67 @@ class Alibi(Positions):
         return -slopes[:, None, None] * distance
 
 
-def build_positions(spec: PositionSpec, width: int, head_dim: int | None) -> Positions:
-    """The scheme a stack's spec asks for; `head_dim` is that of the stack's attention mixers, None without any."""
+class Buckets(Positions):
+    """A learned bias a head for each bucket of distances, the far ones wide (1910.10683, section 2.1).
+
+    One table serves all layers of a stack, so the layers borrow the scheme and do not hold it.
+    """
+
+    def __init__(self, heads: int, buckets: int, distance: int, both: bool) -> None:
+        super().__init__()
+        self.buckets, self.distance, self.both = buckets, distance, both
+        self.table = nn.Embedding(buckets, heads)
+        self._kept: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def inside(self) -> Positions:
+        return Borrowed(self)
+
+    def bias(self, heads: int, q_pos: Int[Tensor, "B T"], k_pos: Int[Tensor, "B S"]) -> Float[Tensor, "B H T S"]:
+        if heads != self.table.embedding_dim:
+            raise ValueError(f"buckets: a bias for {self.table.embedding_dim} heads, and this layer has {heads}")
+        kept = self._kept
+        if kept is None or kept[0] is not q_pos or kept[1] is not k_pos:  # the layers of a call ask alike
+            kept = self._kept = (q_pos, k_pos, self._bucket(k_pos[:, None, :] - q_pos[:, :, None]))
+        return self.table(kept[2]).permute(0, 3, 1, 2)
+
+    def _bucket(self, step: Int[Tensor, "B T S"]) -> Int[Tensor, "B T S"]:
+        """Half of the buckets hold one distance each, the other half grow by a constant factor up to `distance`."""
+        count, first = self.buckets, torch.zeros_like(step)
+        if self.both:
+            count //= 2
+            first = (step > 0) * count
+        away = step.abs() if self.both else (-step).clamp(min=0)
+        exact = count // 2
+        grown = torch.log(away.clamp(min=1).float() / exact) / math.log(self.distance / exact) * (count - exact)
+        return first + torch.where(away < exact, away, (exact + grown.long()).clamp(max=count - 1))
+
+
+class Borrowed(Positions):
+    """A scheme that belongs to somebody else: its parameters are saved and trained there, once."""
+
+    def __init__(self, owner: Positions) -> None:
+        super().__init__()
+        self._owner = (owner,)  # in a tuple, a module is nobody's child
+
+    @property
+    def biases(self) -> bool:
+        return self._owner[0].biases
+
+    def rotate(self, x: Float[Tensor, "B H T D"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B H T D"]:
+        return self._owner[0].rotate(x, pos)
+
+    def bias(self, heads: int, q_pos: Int[Tensor, "B T"], k_pos: Int[Tensor, "B S"]) -> Float[Tensor, "B H T S"] | None:
+        return self._owner[0].bias(heads, q_pos, k_pos)
+
+
+def build_positions(spec: PositionSpec, width: int, head_dim: int | None, heads: int | None = None) -> Positions:
+    """The scheme a stack's spec asks for; `head_dim` and `heads` are those of its attention mixers, None without."""
     match spec.name:
         case "none":
             return Positions()
         case "learned":
-            return Learned(width, spec.length)
+            return Learned(width, spec.length, spec.offset)
         case "sinusoidal":
             if width % 2:
                 raise ValueError(f"sinusoidal positions come in pairs, and width is {width}: choose an even one")
@@ -117,12 +177,16 @@ def build_positions(spec: PositionSpec, width: int, head_dim: int | None) -> Pos
             if head_dim is None:
                 raise ValueError("alibi is a penalty on the scores of heads, and this stack has none: choose another")
             return Alibi()
+        case "buckets":
+            if heads is None:
+                raise ValueError("buckets are a bias on the scores of heads, and this stack has none: choose another")
+            return Buckets(heads, spec.buckets, spec.distance, spec.both)
         case "rotary":
             if head_dim is None:
                 return Positions()
             if head_dim % 2:
                 raise ValueError(f"rotary positions turn pairs, and head_dim is {head_dim}: choose an even one")
-            return Rotary(head_dim, spec.base)
+            return Rotary(head_dim, spec.base, spec.scaling)
 
 
 def positions_of(valid: Tensor | None, rows: int, length: int, device: torch.device) -> Int[Tensor, "B T"]:
@@ -134,3 +198,13 @@ def positions_of(valid: Tensor | None, rows: int, length: int, device: torch.dev
 
 def _rates(width: int, base: float) -> Tensor:
     return torch.exp(torch.arange(0, width, 2).float() * (-math.log(base) / width))
+
+
+def _scaled(rates: Tensor, scaling: RotaryScaling | None) -> Tensor:
+    if scaling is None:
+        return rates
+    if scaling.name == "linear":
+        return rates / scaling.factor
+    turns = scaling.trained * rates / (2 * math.pi)
+    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)  # 1: as it was, 0: slowed by the factor
+    return kept * rates + (1 - kept) * rates / scaling.factor

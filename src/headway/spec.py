@@ -22,11 +22,16 @@ T = TypeVar("T")
 Size = Annotated[int, Meta(ge=1, le=2**24)]  # beyond it a spec is a mistake or an attack
 
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "silu", "tanh"]
+Norm = Literal["layer", "rms"]
+Epsilon = Annotated[float, Meta(gt=0, lt=1)]
+
+
 class FeedForwardSpec(Strict, frozen=True):
     """`hidden` is the inner width (default: four times the model's); `gated` multiplies by a second branch (GLU)."""
 
     hidden: Size | None = None
-    activation: Literal["gelu", "relu", "relu2", "silu", "tanh"] = "gelu"
+    activation: Activation = "gelu"
     gated: bool = False
     bias: bool = True
 
@@ -34,30 +39,55 @@ class FeedForwardSpec(Strict, frozen=True):
 class BlockSpec(Strict, frozen=True):
     """norm -> mixer -> +, norm -> cross -> +, norm -> feedforward -> +; what is absent is left out.
 
-    `mixer` and `cross` name a file in `mixers/` and its options: {"name": "attention", "heads": 4}.
+    `mixer` and `cross` name a file in `mixers/` and its options: {"name": "attention", "heads": 4}. `norm_eps`: what
+    its norms add to the variance (default: PyTorch's own). `layer_scale`: each branch is multiplied by a vector that
+    starts there (2103.17239).
     """
 
     mixer: dict[str, Any] | None = None
     cross: dict[str, Any] | None = None
     feedforward: FeedForwardSpec | None = None
-    norm: Literal["layer", "rms"] = "layer"
+    norm: Norm = "layer"
+    norm_eps: Epsilon | None = None
+    layer_scale: float | None = None
     wiring: Literal["pre", "post", "sandwich", "parallel"] = "pre"
 
 
-class PositionSpec(Strict, frozen=True):
-    """`length`: a learned table's size. `base`: of the angles. Rotary turns heads, and does nothing without any."""
+class RotaryScaling(Strict, frozen=True):
+    """How rotary angles reach beyond the trained length: `linear` slows all of them by `factor` (2306.15595); `llama3`
+    slows only those that turn fewer than `high` times within `trained` tokens, by all of it below `low` turns."""
 
-    name: Literal["none", "learned", "sinusoidal", "rotary", "alibi"] = "rotary"
+    name: Literal["linear", "llama3"]
+    factor: Annotated[float, Meta(ge=1)]
+    low: Annotated[float, Meta(gt=0)] = 1.0
+    high: Annotated[float, Meta(gt=0)] = 4.0
+    trained: Size = 8192
+
+
+class PositionSpec(Strict, frozen=True):
+    """`length`: a learned table's size. `offset`: rows of the table before that of position 0, as published ones have.
+    `base`: of the angles. Rotary turns heads, and does nothing without any. `buckets`, `distance`, `both`: of T5's
+    learned bias by distance (1910.10683): how many, from where on the last, and whether they tell before from behind.
+    """
+
+    name: Literal["none", "learned", "sinusoidal", "rotary", "alibi", "buckets"] = "rotary"
     length: Size = 512
+    offset: Annotated[int, Meta(ge=0, le=16)] = 0
     base: Annotated[float, Meta(gt=0)] = 10000.0
+    scaling: RotaryScaling | None = None
+    buckets: Annotated[int, Meta(ge=4, le=4096)] = 32
+    distance: Size = 128
+    both: bool = True
 
 
 class StackSpec(Strict, frozen=True):
-    """`blocks`, in order, `repeat` times over; so a hybrid is a list of two blocks."""
+    """`blocks`, in order, `repeat` times over; so a hybrid is a list of two blocks. The first norm stands behind the
+    positions, the final one behind the last block."""
 
     blocks: tuple[BlockSpec, ...]
     repeat: Annotated[int, Meta(ge=1, le=1024)] = 1
     positions: PositionSpec = PositionSpec()
+    first_norm: bool = False
     final_norm: bool = True
 
 

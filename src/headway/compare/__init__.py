@@ -135,6 +135,7 @@ def alignment(model: Loaded, text: str) -> dict[str, Any] | None:
     )
     if not maps:
         return None
+    assert model.source is not None and model.target is not None
     weights = maps[-1][0].mean(0)  # T S: row t wrote answer[t], the last one the end
     return {
         "text": text,

@@ -20,7 +20,6 @@ from headway.layers import Dropout, FeedForward, activate
 from headway.mask import Mask
 from headway.mixers.attention import Attention
 from headway.models.seq2seq import Memory, Model
-from headway.positions import Positions
 from headway.state import Cross, KeyValue, State
 
 Apply = Callable[[Tensor], Tensor]
@@ -37,12 +36,13 @@ def step_of(model: Model, memory: Memory, state: States) -> Mix:
     decoder = model.decoder if type(model) is Model else None
     if type(decoder) is not Stack or _watched(model) or _watched(decoder):
         return lambda last, pos: model.decode(last, memory, pos=pos, state=state)
-    embed, place = _bare(model.target), decoder.positions.embed
-    drop, norm, head = _bare(decoder.dropout), _bare(decoder.norm), _bare(model.head)
+    embed = _bare(model.target) if model.embed_scale == 1 else model.embed_target
+    head, place = _bare(model.head) if model.logit_scale == 1 else model.head_of, decoder.positions.embed
+    first, drop, norm = _bare(decoder.first_norm), _bare(decoder.dropout), _bare(decoder.norm)
     blocks = [_block(block, memory, kept) for block, kept in zip(decoder.blocks, state, strict=True)]
 
     def step(last: Tensor, pos: Tensor) -> Tensor:
-        x = drop(place(embed(last), pos))
+        x = drop(first(place(embed(last), pos)))
         for block in blocks:
             x = block(x, pos)
         return head(norm(x))
@@ -128,7 +128,7 @@ def _plain(mixer: Attention, x: Tensor, mask: Mask = FULL) -> bool:
     """Whether one query over the tokens `x` is projections around PyTorch's kernel, and `attend` would take that."""
     if type(mixer) is not Attention or _watched(mixer) or mixer.softcap is not None or mixer.local.window is not None:
         return False
-    if type(mixer.positions).bias is not Positions.bias:
+    if mixer.positions.biases or mixer.scale is not None:
         return False
     if mask.valid is not None and not bool(mask.valid.any(1).all()):
         return False  # a row that sees nothing gives zeros

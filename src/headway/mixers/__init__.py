@@ -135,6 +135,11 @@ def build(named: dict[str, Any], width: int, positions: Positions) -> Mixer:
     return kind(width, positions=positions, **chosen)
 
 
+def heads(named: dict[str, Any] | None) -> int | None:
+    """How many heads a mixer has, where it has any."""
+    return None if named is None else options(named)[1].get("heads")
+
+
 def head_dim(named: dict[str, Any], width: int) -> int | None:
     """The head width that rotary positions need, where the mixer has heads at all."""
     _, chosen = options(named)

@@ -20,8 +20,8 @@ from headway.kernels import Call
 from headway.layers import residual_output
 from headway.mask import Mask
 from headway.mixers import Cost, Mixer
-from headway.positions import Alibi, Positions
-from headway.spec import Size
+from headway.positions import Positions
+from headway.spec import Epsilon, Size
 from headway.state import Cross, KeyValue, Ring, State
 
 
@@ -29,9 +29,10 @@ class Attention(Mixer):
     """Exact attention.
 
     heads: query heads. kv_heads: key/value heads shared by groups of queries (default: as many).
-    head_dim: default width / heads. bias: on the projections. window: (left, right), tokens seen to either side.
-    sinks: first tokens that stay visible to a window. qk_norm: each head's queries and keys are normalised (RMS).
-    softcap: bound of the scores.
+    head_dim: default width / heads. bias: on the projections; out_bias: on the last one, where it differs.
+    window: (left, right), tokens seen to either side.
+    sinks: first tokens that stay visible to a window. qk_norm: each head's queries and keys are normalised (RMS), with
+    norm_eps added to the mean square. softcap: bound of the scores. scale: of the scores (default: head_dim^-0.5).
     """
 
     CAN: ClassVar = frozenset(
@@ -50,7 +51,10 @@ class Attention(Mixer):
         window: tuple[int | None, int | None] | None = None,
         sinks: Annotated[int, Meta(ge=0)] = 0,
         qk_norm: bool = False,
+        norm_eps: Epsilon | None = None,
         softcap: Annotated[float, Meta(gt=0)] | None = None,
+        scale: Annotated[float, Meta(gt=0)] | None = None,
+        out_bias: bool | None = None,
     ) -> None:
         super().__init__()
         kv_heads = kv_heads or heads
@@ -62,11 +66,13 @@ class Attention(Mixer):
         self.head_dim = head_dim or width // heads
         self.positions = positions or Positions()
         self.local = Mask(window=window, sinks=sinks)
-        self.softcap = softcap
+        self.softcap, self.scale = softcap, scale
         self.query = nn.Linear(width, heads * self.head_dim, bias=bias)
         self.key_value = nn.Linear(width, 2 * kv_heads * self.head_dim, bias=bias)
-        self.query_norm, self.key_norm = (nn.RMSNorm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
-        self.out = residual_output(nn.Linear(heads * self.head_dim, width, bias=bias))
+        self.query_norm, self.key_norm = (
+            nn.RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity() for _ in range(2)
+        )
+        self.out = residual_output(nn.Linear(heads * self.head_dim, width, bias=bias if out_bias is None else out_bias))
 
     def forward(
         self,
@@ -83,7 +89,7 @@ class Attention(Mixer):
             y = self._own(q, x, mask & self.local, pos, state)
         else:
             k, v = self._keys_values(context) if state is None else self._remembered(state, context)
-            y = attend(q, k, v, mask, softcap=self.softcap)
+            y = attend(q, k, v, mask, softcap=self.softcap, scale=self.scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def map(
@@ -98,10 +104,10 @@ class Attention(Mixer):
         q = self._queries(x)
         k, _ = self._keys_values(x if context is None else context)
         if context is not None:
-            return weights(q, k, mask, softcap=self.softcap)
+            return weights(q, k, mask, softcap=self.softcap, scale=self.scale)
         q, k = self.positions.rotate(q, pos), self.positions.rotate(k, pos)
         bias = self.positions.bias(self.heads, pos, pos)
-        return weights(q, k, mask & self.local, q_pos=pos, k_pos=pos, bias=bias, softcap=self.softcap)
+        return weights(q, k, mask & self.local, q_pos=pos, k_pos=pos, bias=bias, softcap=self.softcap, scale=self.scale)
 
     def _own(self, q: Tensor, x: Tensor, mask: Mask, pos: Tensor, state: State | None) -> Tensor:
         k, v = self._keys_values(x)
@@ -109,16 +115,18 @@ class Attention(Mixer):
         if state is None:
             bias = self.positions.bias(self.heads, pos, pos)
             if mask.facts <= {"causal", "bidirectional", "window"}:  # indices say the same: the kernel stays free
-                return attend(q, k, v, mask, bias=bias, softcap=self.softcap)
-            return attend(q, k, v, mask, q_pos=pos, k_pos=pos, aligned=True, bias=bias, softcap=self.softcap)
+                return attend(q, k, v, mask, bias=bias, softcap=self.softcap, scale=self.scale)
+            places = {"q_pos": pos, "k_pos": pos, "aligned": True}
+            return attend(q, k, v, mask, **places, bias=bias, softcap=self.softcap, scale=self.scale)  # type: ignore[arg-type]
         if not isinstance(state, KeyValue | Ring):
             raise ValueError(f"attention streams with a KeyValue or a Ring, not {type(state).__name__}: use init_state")
         _require_streamable(mask, pos)
         k, v, k_pos = state.append(k, v, pos, padded=mask.valid is not None)
         bias = self.positions.bias(self.heads, pos, k_pos)
         if pos.shape[1] == 1 and not state.padded and mask.facts == {"causal"} and bias is None:
-            return attend(q, k, v, softcap=self.softcap)  # the newest token sees all that came before
-        return attend(q, k, v, replace(mask, valid=None), q_pos=pos, k_pos=k_pos, bias=bias, softcap=self.softcap)
+            return attend(q, k, v, softcap=self.softcap, scale=self.scale)  # the newest token sees all that came before
+        mask = replace(mask, valid=None)
+        return attend(q, k, v, mask, q_pos=pos, k_pos=k_pos, bias=bias, softcap=self.softcap, scale=self.scale)
 
     def _remembered(self, state: State, context: Tensor) -> tuple[Tensor, Tensor]:
         if not isinstance(state, Cross):
@@ -153,7 +161,7 @@ class Attention(Mixer):
         if context_length is None and self.local.window is not None and self.local.window[0] is not None:
             held = min(length, self.local.window[0] + self.local.sinks)
         position_bytes = 0 if context_length else 8
-        biased = context_length is None and isinstance(self.positions, Alibi)
+        biased = context_length is None and self.positions.biases
         call = Call(
             mask=FULL if context_length else self.local,
             rows=1,

@@ -19,7 +19,7 @@ from headway.kernels import Call
 from headway.layers import residual_output
 from headway.mask import Mask
 from headway.mixers import Cost, Mixer
-from headway.positions import Alibi, Positions, Rotary
+from headway.positions import Positions, Rotary
 from headway.spec import Size
 from headway.state import Cross, State
 
@@ -49,7 +49,7 @@ class Linformer(Mixer):
         super().__init__()
         if head_dim is None and width % heads:
             raise ValueError(f"linformer: width {width} is no multiple of {heads} heads; set head_dim or other heads")
-        if isinstance(positions, Alibi):
+        if positions is not None and positions.biases:
             raise ValueError(
                 "linformer: ALiBi is a penalty a key, and each of its keys is many: choose other positions"
             )

@@ -87,7 +87,7 @@ class Longformer(Mixer):
         if len(self.dilations) != heads:
             raise ValueError(f"longformer: {len(self.dilations)} dilations for {heads} heads: give one, or one a head")
         self.positions = positions or Positions()
-        if type(self.positions).bias is not Positions.bias:
+        if self.positions.biases:
             scheme = type(self.positions).__name__.lower()
             raise ValueError(f"longformer: {scheme} adds to the score of every pair, which is T x T: choose rotary")
         self.width, self.heads, self.head_dim = width, heads, head_dim or width // heads

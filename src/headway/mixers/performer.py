@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headway.layers import residual_output
 from headway.mask import Mask
 from headway.mixers import Cost, Mixer
-from headway.positions import Alibi, Positions, Rotary
+from headway.positions import Positions, Rotary
 from headway.recurrence import flops, kept_bytes, recur
 from headway.spec import Size
 from headway.state import Cross, Recurrent, State
@@ -86,7 +86,7 @@ class Performer(Mixer):
         super().__init__()
         if head_dim is None and width % heads:
             raise ValueError(f"performer: width {width} is no multiple of {heads} heads; set head_dim or other heads")
-        if isinstance(positions, Alibi):
+        if positions is not None and positions.biases:
             raise ValueError("performer never forms the scores that alibi adds to: choose rotary or another scheme")
         self.width, self.heads, self.head_dim = width, heads, head_dim or width // heads
         self.kernel, self.redraw = kernel, redraw

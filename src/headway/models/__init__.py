@@ -29,9 +29,14 @@ def parse(spec: dict[str, Any]) -> Any:
     return convert(fields, importlib.import_module(f"{__name__}.{kind}").Spec, "model")
 
 
+def assemble(spec: dict[str, Any]) -> Any:
+    """A model from its spec, its weights not yet as `initialise` wants them: for weights that come from elsewhere."""
+    parsed = parse(spec)
+    return importlib.import_module(f"{__name__}.{spec['kind']}").Model(parsed)
+
+
 def build(spec: dict[str, Any]) -> nn.Module:
     """A freshly initialised model from its spec alone."""
-    parsed = parse(spec)
-    model = importlib.import_module(f"{__name__}.{spec['kind']}").Model(parsed)
+    model = assemble(spec)
     initialise(model, model.branches)
     return model

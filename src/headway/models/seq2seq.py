@@ -19,7 +19,11 @@ from headway.spec import Size, StackSpec, Strict
 
 
 class Spec(Strict, frozen=True):
-    """Vocabularies come from the tokenizers where a recipe leaves them at 0. `tie`: the head shares the embedding."""
+    """Vocabularies come from the tokenizers where a recipe leaves them at 0.
+
+    tie: the head shares the target's embedding. share: source and target share one embedding. head_bias: of the head.
+    embed_scale multiplies what is embedded, logit_scale what the head reads.
+    """
 
     width: Size
     encoder: StackSpec
@@ -28,6 +32,10 @@ class Spec(Strict, frozen=True):
     target_vocab: Annotated[int, Meta(ge=0, le=2**24)] = 0
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     tie: bool = False
+    share: bool = False
+    head_bias: bool = True
+    embed_scale: Annotated[float, Meta(gt=0)] = 1.0
+    logit_scale: Annotated[float, Meta(gt=0)] = 1.0
 
 
 class Memory(NamedTuple):
@@ -50,15 +58,23 @@ class Model(nn.Module):
         self.target = nn.Embedding(spec.target_vocab, spec.width)
         self.encoder = Stack(spec.encoder, spec.width, spec.dropout)
         self.decoder = Stack(spec.decoder, spec.width, spec.dropout)
-        self.head = nn.Linear(spec.width, spec.target_vocab)
+        if spec.share:
+            if spec.source_vocab != spec.target_vocab:
+                sizes = f"{spec.source_vocab} and {spec.target_vocab}"
+                raise ValueError(f"seq2seq: vocabularies of {sizes} share no embedding: leave out share")
+            self.target.weight = self.source.weight
+        self.embed_scale, self.logit_scale = spec.embed_scale, spec.logit_scale
+        self.head = nn.Linear(spec.width, spec.target_vocab, bias=spec.head_bias)
         if spec.tie:
             self.head.weight = self.target.weight
         self.branches = max(self.encoder.branches, self.decoder.branches)
 
-    def encode(self, source: Int[Tensor, "B S"], valid: Tensor | None = None) -> Memory:
-        """Reads the source; `valid` is `Bool[B S]`, false at padding, which may stand on either side."""
+    def encode(self, source: Int[Tensor, "B S"], valid: Tensor | None = None, mask: Mask | None = None) -> Memory:
+        """Reads the source; `valid` is `Bool[B S]`, false at padding, on either side; `mask` narrows who sees whom."""
         pos = positions_of(valid, source.shape[0], source.shape[1], source.device)
-        return Memory(self.encoder(self.source(source), mask=Mask(valid=valid), pos=pos), valid)
+        x = self.source(source) if self.embed_scale == 1 else self.source(source) * self.embed_scale
+        own = Mask(valid=valid)
+        return Memory(self.encoder(x, mask=own if mask is None else own & mask, pos=pos), valid)
 
     def decode(
         self,
@@ -75,14 +91,22 @@ class Model(nn.Module):
         if pos is None:
             pos = positions_of(valid, target.shape[0], target.shape[1], target.device)
         x = self.decoder(
-            self.target(target),
+            self.embed_target(target),
             mask=Mask(causal=True, valid=valid),
             pos=pos,
             state=state,
             context=memory.x,
             context_mask=Mask(valid=memory.valid),
         )
-        return self.head(x)
+        return self.head_of(x)
+
+    def embed_target(self, target: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
+        """What enters the decoder, positions apart."""
+        return self.target(target) if self.embed_scale == 1 else self.target(target) * self.embed_scale
+
+    def head_of(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T V"]:
+        """The logits of hidden states."""
+        return self.head(x if self.logit_scale == 1 else x * self.logit_scale)
 
     def forward(
         self,

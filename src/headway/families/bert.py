@@ -1,0 +1,131 @@
+"""BERT (1810.04805), and with it MiniLM (2002.10957): an encoder with learned positions, types, post-norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from headway.families import ACTIVATIONS, Config, Facts, Published, Rule, linear, published_activation, published_labels
+
+TYPES = ("bert",)
+POOL = {"pool": "first", "dense": True, "activation": "tanh"}
+HEADS = {  # what each architecture puts behind the stack
+    "BertModel": ("pool",),
+    "BertForPreTraining": ("lm", "next"),
+    "BertForNextSentencePrediction": ("next",),
+    "BertForMaskedLM": ("lm",),
+    "BertForSequenceClassification": ("classify",),
+    "BertForTokenClassification": ("tokens",),
+    "BertForQuestionAnswering": ("spans",),
+}
+
+
+def read(config: Config) -> Published:
+    config.expect("is_decoder", False)
+    config.expect("add_cross_attention", False)
+    config.expect("position_embedding_type", "absolute")
+    config.expect("hidden_act", *ACTIVATIONS)
+    config.expect("tie_word_embeddings", True)
+    config.ignore("attention_probs_dropout_prob", "classifier_dropout", "bos_token_id", "eos_token_id")
+    width, eps = config.size("hidden_size"), config.take("layer_norm_eps", 1e-12, float)
+    activation = config.choose("hidden_act", ACTIVATIONS, "gelu")
+    vocab, length = config.size("vocab_size"), config.size("max_position_embeddings", 512)
+    hidden = {"hidden": config.size("intermediate_size"), "activation": activation}
+    mixer = {"name": "attention", "heads": config.size("num_attention_heads"), "bias": True}
+    block = {"mixer": mixer, "feedforward": hidden, "norm": "layer", "norm_eps": eps, "wiring": "post"}
+    heads = {
+        "pool": POOL,
+        "lm": {"dense": True, "activation": activation, "norm": "layer", "norm_eps": eps, "outputs": vocab,
+               "tie": True},
+        "next": {**POOL, "outputs": 2, "labels": ("next", "random")},
+        "classify": {**POOL, "outputs": len(config.labels()), "labels": config.labels()},
+        "tokens": {"outputs": len(config.labels()), "labels": config.labels()},
+        "spans": {"outputs": 2},
+    }  # fmt: skip
+    architecture = config.architecture or "BertModel"
+    if architecture not in HEADS:
+        raise ValueError(f"{config.where}: architecture {architecture} is not read; there is {', '.join(HEADS)}")
+    spec = {
+        "kind": "encoder",
+        "width": width,
+        "vocab": vocab,
+        "types": config.size("type_vocab_size", 2),
+        "dropout": config.take("hidden_dropout_prob", 0.1, float),
+        "stack": {
+            "blocks": [block],
+            "repeat": config.size("num_hidden_layers"),
+            "positions": {"name": "learned", "length": length},
+            "first_norm": True,
+            "final_norm": False,
+        },
+        "heads": {name: heads[name] for name in HEADS[architecture]},
+    }
+    pad = config.take("pad_token_id", 0, int)
+    facts = Facts(family="bert", type="bert", max_tokens=length, pad=pad, original=config.original())
+    return Published(spec, facts, rules(spec), "bert.", ("*position_ids",))
+
+
+def rules(spec: dict[str, Any]) -> list[Rule]:
+    """Their names by ours."""
+    found = [Rule(("embedding.weight",), ("bert.embeddings.word_embeddings.weight",)),
+             Rule(("types.weight",), ("bert.embeddings.token_type_embeddings.weight",)),
+             Rule(("stack.positions.table.weight",), ("bert.embeddings.position_embeddings.weight",)),
+             *linear("stack.first_norm", "bert.embeddings.LayerNorm")]  # fmt: skip
+    for i in range(spec["stack"]["repeat"]):
+        ours, theirs = f"stack.blocks.{i}", f"bert.encoder.layer.{i}"
+        attention = f"{theirs}.attention.self"
+        found += linear(f"{ours}.mixer.inner.query", f"{attention}.query")
+        found += linear(f"{ours}.mixer.inner.key_value", (f"{attention}.key", f"{attention}.value"))
+        found += linear(f"{ours}.mixer.inner.out", f"{theirs}.attention.output.dense")
+        found += linear(f"{ours}.mixer.after", f"{theirs}.attention.output.LayerNorm")
+        found += linear(f"{ours}.feedforward.inner.enter", f"{theirs}.intermediate.dense")
+        found += linear(f"{ours}.feedforward.inner.leave", f"{theirs}.output.dense")
+        found += linear(f"{ours}.feedforward.after", f"{theirs}.output.LayerNorm")
+    heads = spec["heads"]
+    if "pool" in heads:
+        found += linear("heads.pool.dense", "bert.pooler.dense")
+    if "lm" in heads:
+        found += linear("heads.lm.dense", "cls.predictions.transform.dense")
+        found += linear("heads.lm.norm", "cls.predictions.transform.LayerNorm")
+        found.append(Rule(("heads.lm.out.weight",), ("cls.predictions.decoder.weight",)))  # tied: may be left out
+        found.append(Rule(("heads.lm.out.bias",), ("cls.predictions.bias",)))
+    if "next" in heads:
+        found += linear("heads.next.dense", "bert.pooler.dense") + linear("heads.next.out", "cls.seq_relationship")
+    if "classify" in heads:
+        found += linear("heads.classify.dense", "bert.pooler.dense") + linear("heads.classify.out", "classifier")
+    if "tokens" in heads:
+        found += linear("heads.tokens.out", "classifier")
+    if "spans" in heads:
+        found += linear("heads.spans.out", "qa_outputs")
+    return found
+
+
+def write(spec: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    block, stack = spec["stack"]["blocks"][0], spec["stack"]
+    heads = tuple(spec["heads"])
+    architecture = next((name for name, kept in HEADS.items() if set(kept) == set(heads)), None)
+    if architecture is None:
+        raise ValueError(f"bert: no published architecture has the heads {', '.join(heads) or 'none'}")
+    return {
+        **facts.original,
+        "architectures": [architecture],
+        "model_type": "bert",
+        "hidden_size": spec["width"],
+        "vocab_size": spec["vocab"],
+        "type_vocab_size": spec["types"],
+        "hidden_dropout_prob": spec["dropout"],
+        "num_hidden_layers": stack["repeat"],
+        "num_attention_heads": block["mixer"]["heads"],
+        "intermediate_size": block["feedforward"]["hidden"],
+        "hidden_act": published_activation(block["feedforward"]["activation"]),
+        "layer_norm_eps": block["norm_eps"],
+        "max_position_embeddings": stack["positions"]["length"],
+        "pad_token_id": facts.pad,
+        **published_labels(spec),
+    }
+
+
+def tiny() -> list[dict[str, Any]]:
+    small = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "intermediate_size": 48, "vocab_size": 99, "max_position_embeddings": 40, "type_vocab_size": 3,
+             "hidden_dropout_prob": 0.1, "layer_norm_eps": 1e-12}  # fmt: skip
+    return [{**small, "architectures": [name], **({"num_labels": 3} if "Classif" in name else {})} for name in HEADS]

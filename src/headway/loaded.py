@@ -1,0 +1,262 @@
+"""Loaded: a network with all that using it needs: spec, facts, tokenizers, what its pictures look like.
+
+It turns texts into ids, and gives the raw tensors behind everything else: `hidden` and `logits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from headway import __version__
+from headway.image import ImageSpec
+from headway.mask import Mask
+from headway.models import seq2seq
+from headway.spec import Strict
+from headway.store import write_folder
+from headway.text import UNK, Tokenizer
+from headway.vocabulary import PublishedTokenizer
+
+MAX_TOKENS = 2**24  # the longest text any model here may claim to take
+
+
+class Facts(Strict, frozen=True):
+    """What using a model needs to know besides its spec.
+
+    family, type: whose published checkpoints it is like. max_tokens: the longest input, in tokens. bos, eos, pad: ids;
+    `eos` may be several. start: what a decoder begins with; forced_bos, forced_eos: what it must write first, and last.
+    bad: ids that are never written. pooling: how `embed` makes one vector of many ("mean", "first", "last", "pool" for
+    the head of that name); normalize: whether it is scaled to length one. prefixes: what inputs begin with, by task.
+    generation: the checkpoint's own defaults. lowercase: it learned from lower case alone. original: harmless fields of
+    the configuration it came with, for the way back.
+    """
+
+    family: str = ""
+    type: str = ""
+    max_tokens: int | None = None
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+    start: int | None = None
+    forced_bos: int | None = None
+    forced_eos: int | None = None
+    bad: tuple[int, ...] = ()
+    pooling: str | None = None
+    normalize: bool = False
+    prefixes: dict[str, str] = {}
+    generation: dict[str, Any] = {}
+    lowercase: bool = False
+    original: dict[str, Any] = {}
+
+
+class Inputs(NamedTuple):
+    """A batch of texts: padded on the right; `valid` is None where nothing is padding, `types` where none differ."""
+
+    ids: Int[Tensor, "B T"]
+    valid: Bool[Tensor, "B T"] | None
+    types: Int[Tensor, "B T"] | None
+
+
+class Loaded:
+    """A network with its tokenizers, ready to use. `source` reads what goes in, `target` what comes out."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        spec: dict[str, Any],
+        source: Tokenizer | PublishedTokenizer | None = None,
+        target: Tokenizer | PublishedTokenizer | None = None,
+        *,
+        facts: Facts | None = None,
+        image: ImageSpec | None = None,
+        max_tokens: int | None = None,
+        lowercase: bool | None = None,
+    ) -> None:
+        self.net: Any = net.eval()
+        self.spec, self.image = spec, image
+        self.source, self.target = source, target if target is not None else source
+        given = {"max_tokens": max_tokens, "lowercase": lowercase}
+        self.facts = _with(facts or Facts(), given)
+
+    @property
+    def kind(self) -> str:
+        """encoder, decoder, seq2seq, vision or dual."""
+        return self.spec["kind"]
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest input, in tokens."""
+        return self.facts.max_tokens
+
+    @property
+    def lowercase(self) -> bool:
+        return self.facts.lowercase
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers were learned; a shared one counts once."""
+        return sum(p.numel() for p in self.net.parameters())
+
+    @property
+    def tokenizer(self) -> PublishedTokenizer:
+        """The published tokenizer, or a ValueError where there is none."""
+        if not isinstance(self.source, PublishedTokenizer):
+            raise ValueError(
+                "this model came without a published tokenizer: give it ids, or load it with its tokenizer"
+            )
+        return self.source
+
+    def encode(self, text: str) -> list[int]:
+        """The ids the network reads, checked against what it takes."""
+        if isinstance(self.source, PublishedTokenizer):
+            ids = self.source.encode(text).ids
+        elif self.source is not None:
+            ids = self.source.encode(text.lower() if self.lowercase else text)
+        else:
+            raise ValueError("this model has no tokenizer: give it ids")
+        if not ids:
+            raise ValueError("cannot answer an empty text: give at least one character")
+        self.check_length(len(ids), text)
+        return ids
+
+    def check_length(self, tokens: int, text: str = "") -> None:
+        """Refuses what is longer than the model takes."""
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            raise ValueError(f"{text[:40]!r} has {tokens} tokens; this model takes {self.max_tokens}: shorten it")
+
+    def inputs(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, truncate: bool = False) -> Inputs:
+        """A batch of texts, or of pairs of texts, with the specials that the checkpoint puts around them.
+
+        What is longer than the model takes is an error, or cut at its end where `truncate` asks for it.
+        """
+        found = [self.tokenizer.encode(text, None if pairs is None else pairs[i]) for i, text in enumerate(texts)]
+        limit = self.max_tokens
+        rows, types = [e.ids for e in found], [e.types for e in found]
+        for i, row in enumerate(rows):
+            if not row:
+                raise ValueError(f"text {i} is empty: give at least one character")
+            if limit is not None and len(row) > limit:
+                if not truncate:
+                    self.check_length(len(row), texts[i])
+                closing = row[-1:] if row[-1] in (self.tokenizer.sep, self.tokenizer.eos) else []
+                rows[i], types[i] = row[: limit - len(closing)] + closing, types[i][:limit]
+        return self.batch(rows, types)
+
+    def batch(self, rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> Inputs:
+        """Rows of ids as one batch, padded on the right."""
+        if not rows:
+            raise ValueError("a batch has one row or more, and this one has none")
+        longest = max(len(row) for row in rows)
+        pad = self.facts.pad or 0
+        ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], device=self.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        valid = None
+        if any(len(row) < longest for row in rows):
+            valid = torch.arange(longest, device=self.device) < lengths[:, None]
+        kinds = None
+        if types is not None and self.spec.get("types", 0) > 1 and any(any(row) for row in types):
+            kinds = torch.tensor([[*row, *[0] * (longest - len(row))] for row in types], device=self.device)
+        return Inputs(ids, valid, kinds)
+
+    @torch.inference_mode()
+    def hidden(
+        self,
+        inputs: Sequence[str] | Inputs | Int[Tensor, "B T"] | Float[Tensor, "B C H W"],
+        valid: Bool[Tensor, "B T"] | None = None,
+        *,
+        mask: Mask | None = None,
+    ) -> Float[Tensor, "B T C"]:
+        """The last hidden states of texts, ids or pixels; `valid` is false at padding, whose states mean nothing.
+
+        An encoder-decoder's are those of its encoder. `mask` narrows who sees whom (segments, global tokens).
+        """
+        if self.kind == "vision":
+            return self.net(inputs)
+        given = self._given(inputs, valid)
+        more: dict[str, Any] = {} if mask is None else {"mask": mask}
+        if isinstance(self.net, seq2seq.Model):
+            return self.net.encode(given.ids, given.valid, **more).x
+        if given.types is not None:
+            more["types"] = given.types
+        return self.net(given.ids, given.valid, **more)
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        inputs: Sequence[str] | Inputs | Int[Tensor, "B T"] | Float[Tensor, "B C H W"],
+        valid: Bool[Tensor, "B T"] | None = None,
+        *,
+        head: str | None = None,
+        target: Int[Tensor, "B U"] | None = None,
+        mask: Mask | None = None,
+    ) -> Float[Tensor, "B *T O"]:
+        """What a head (the only one, or "lm") makes of texts, ids or pixels. An encoder-decoder also needs `target`."""
+        if isinstance(self.net, seq2seq.Model):
+            if target is None:
+                raise ValueError("the logits of an encoder-decoder are of target ids: pass target=")
+            given = self._given(inputs, valid)
+            memory = self.net.encode(given.ids, given.valid, **({} if mask is None else {"mask": mask}))
+            return self.net.decode(target, memory)
+        name = head or self.only_head()
+        if self.kind == "vision":
+            return self.net.head(name, self.net(inputs))
+        given = self._given(inputs, valid)
+        return self.net.head(name, self.hidden(given, mask=mask), given.ids, given.valid)
+
+    def only_head(self) -> str:
+        """The head that is meant where none is named."""
+        heads = list(self.spec.get("heads", {}))
+        if "lm" in heads or len(heads) == 1:
+            return "lm" if "lm" in heads else heads[0]
+        raise ValueError(f"this model has {', '.join(heads) or 'no'} heads: say which with head=")
+
+    def _given(self, inputs: Any, valid: Tensor | None) -> Inputs:
+        if isinstance(inputs, Inputs):
+            return inputs
+        if isinstance(inputs, str):
+            raise ValueError(f"give a list of texts, not one: [{inputs[:40]!r}]")
+        if not isinstance(inputs, Tensor):
+            return self.inputs(list(inputs))
+        self.check_length(inputs.shape[1])
+        return Inputs(inputs.to(self.device), None if valid is None else valid.to(self.device), None)
+
+    def unknown(self, text: str) -> list[str]:
+        """The pieces of a text that the model never saw in training."""
+        if not isinstance(self.source, Tokenizer):
+            return []
+        text = text.lower() if self.lowercase else text
+        pieces = text if len(self.source.encode(text)) == len(text) else text.split()
+        return sorted({piece for piece in pieces if self.source.encode(piece) == [UNK]})
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the model as a Headway folder, atomically."""
+        import msgspec
+
+        record = {
+            "headway": __version__,
+            "model": msgspec.to_builtins(self.spec),
+            "facts": msgspec.to_builtins(self.facts),
+        }
+        if self.image is not None:
+            record["image"] = msgspec.to_builtins(self.image)
+        records: dict[str, Any] = {"spec": record}
+        if self.source is not None:
+            records["source"] = self.source.record()
+        if self.target is not None and self.target is not self.source:
+            records["target"] = self.target.record()
+        write_folder(Path(folder), {"model": self.net.state_dict()}, records)
+
+
+def _with(facts: Facts, given: dict[str, Any]) -> Facts:
+    import msgspec
+
+    return msgspec.structs.replace(facts, **{key: value for key, value in given.items() if value is not None})
