@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from headway import families, machine, models
 from headway.families import Published
 from headway.generate.answers import Generation, answer_all
+from headway.generate.texts import generate, options, stream
 from headway.heads import HeadSpec
 from headway.image import ImageSpec, from_published
 from headway.loaded import MAX_TOKENS, Facts
@@ -36,13 +37,44 @@ class Loaded(Bare):
     """A network with its tokenizers, ready to use; `hidden` and `logits` give the raw tensors."""
 
     def generate(
-        self, texts: Iterable[str], *, beams: int = 1, batch: int = 256, penalty: float = 1.0
+        self,
+        prompts: Iterable[Any],
+        *,
+        beams: int = 1,
+        batch: int | None = None,
+        penalty: float = 1.0,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        stop: str | tuple[str, ...] | None = None,
+        seed: int | None = None,
+        chat: bool = False,
+        task: str | None = None,
     ) -> list[Generation]:
-        """One answer for each text, greedy or by beam search; batching changes no answer.
+        """One text for each prompt: greedy, by beam search, or drawn (`temperature`); batching changes no answer.
 
-        Beams compete by log-probability over length^`penalty`: 0 favours short answers, more than 1 long ones.
+        Prompts are texts, messages of a chat, or ids. Beams compete by log-probability over length^`penalty`: 0 favours
+        short answers, more than 1 long ones. `chat` puts a text into the checkpoint's template, `task` its prefix
+        before it. The other options are those of `headway.generate.write.Options`.
         """
-        return answer_all(self, texts, beams=beams, batch=batch, penalty=penalty)
+        given = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+                 "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed}  # fmt: skip
+        if isinstance(self.source, Tokenizer):
+            if alien := [
+                name for name, value in {**given, "task": task, "chat": chat or None}.items() if value is not None
+            ]:
+                raise ValueError(f"generate: {alien[0]} is for published models; this one takes beams and penalty")
+            return answer_all(self, prompts, beams=beams, batch=256 if batch is None else batch, penalty=penalty)
+        how = options({**given, "beams": beams, "penalty": penalty})
+        prompts = prompts if isinstance(prompts, str) else list(prompts)
+        return generate(self, prompts, how, chat=chat, task=task, batch=8 if batch is None else batch)
+
+    def stream(self, prompt: Any, *, chat: bool = False, task: str | None = None, **given: Any) -> Iterator[str]:
+        """The text of one prompt in pieces, as it is written; `given` are `generate`'s options."""
+        return stream(self, prompt, options(given), chat=chat, task=task)
 
     def save(self, folder: str | Path, format: Literal["headway", "transformers"] = "headway") -> None:
         """Writes the model as a folder, atomically: Headway's own, or one that transformers loads."""
@@ -71,7 +103,7 @@ def load(
     if dtype not in DTYPES:
         raise ValueError(f"load: dtype is {', '.join(DTYPES)}, not {dtype!r}")
     if path.suffix.lower() == ".gguf":
-        raise ValueError(f"{path}: GGUF is not read yet")
+        return _gguf(path, device, dtype, heads)
     if path.is_file():
         config = path.parent / "config.json"
         if not config.is_file():
@@ -155,6 +187,8 @@ def _with_heads(spec: dict[str, Any], heads: Mapping[str, Any] | None) -> dict[s
 def _published(folder: Path, weights: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) -> Loaded:
     """A folder as transformers writes it, or one weights file in it."""
     found = families.read(read_json(folder / "config.json", dict), str(folder / "config.json"))
+    if (file := folder / "generation_config.json").is_file():
+        found = found._replace(facts=families.with_generation(found.facts, read_json(file, dict), file))
     tokenizer = None
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model",
                                                    "tokenizer.model", "sentencepiece.bpe.model")):  # fmt: skip
@@ -163,6 +197,18 @@ def _published(folder: Path, weights: Path, device: Any, dtype: str, heads: Mapp
     if (file := folder / "preprocessor_config.json").is_file() and found.spec["kind"] in ("vision", "dual"):
         image = from_published(read_json(file, dict), file)
     return build(found, open_weights(weights), weights, tokenizer, image, device, dtype, heads)
+
+
+def _gguf(path: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) -> Loaded:
+    """A GGUF file, which holds its tokenizer, too."""
+    from headway.families._gguf import read
+    from headway.gguf import read_gguf
+
+    file = read_gguf(path)
+    found, weights = read(file, path)
+    told = "tokenizer.ggml.model" in file.metadata
+    tokenizer = PublishedTokenizer.from_gguf(file.metadata, path) if told else None
+    return build(found, weights, path, tokenizer, None, device, dtype, heads)
 
 
 def build(

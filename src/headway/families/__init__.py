@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import msgspec
+
 from headway.loaded import Facts
 from headway.spec import nearest
 from headway.transfer import Rule
@@ -156,6 +158,19 @@ def read(data: dict[str, Any], where: str) -> Published:
     published = family(known[kind]).read(config)
     config.finish()
     return published
+
+
+def with_generation(facts: Facts, told: dict[str, Any], where: object) -> Facts:
+    """The facts with what generation_config.json says of how a text begins and ends; how to draw is the user's."""
+    config = Config({**told, "auto_map": None}, str(where))
+    ends, start = config.ids("eos_token_id"), config.take("decoder_start_token_id", facts.start, int)
+    words = config.take("bad_words_ids", [], list)
+    bad = tuple(ids[0] for ids in words if isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int)
+    if not all(type(end) is int for end in ends):
+        raise ValueError(f"{where}: eos_token_id is an id or a list of them, not {ends!r}")
+    return msgspec.structs.replace(
+        facts, eos=tuple(dict.fromkeys((*ends, *facts.eos))), start=start, bad=tuple(dict.fromkeys((*facts.bad, *bad)))
+    )
 
 
 def linear(ours: str | Iterable[str], theirs: str | Iterable[str], *, bias: bool = True) -> list[Rule]:

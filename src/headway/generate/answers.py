@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -19,12 +19,15 @@ FEW = 2**23  # multiplications of a step below which a second thread costs more 
 
 
 class Generation(NamedTuple):
-    """One answer: its text, its tokens as ids and as text, and its log-probability in nats."""
+    """One answer: its text, its tokens as ids and as text, and its log-probability in nats; that of each token where
+    they were drawn one by one; and why it ended: at its own end, at a stop string, or at the limit."""
 
     text: str
     ids: list[int]
     tokens: list[str]
     log_probability: float
+    log_probabilities: tuple[float, ...] = ()
+    finish: Literal["end", "stop", "limit"] = "end"
 
 
 def answer_all(

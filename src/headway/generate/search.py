@@ -125,8 +125,11 @@ class Beams(NamedTuple):
         length = torch.zeros(rows, beams, dtype=torch.long, device=device)
         return cls(length.new_zeros(rows, beams, 0), score, length, length.bool())
 
-    def grow(self, log_p: Float[Tensor, "B k V"], penalty: float) -> tuple[Beams, Int[Tensor, "B k"]]:
-        """The best continuations by one token, and which beginning of its row each of them continues."""
+    def grow(
+        self, log_p: Float[Tensor, "B k V"], penalty: float, ends: Int[Tensor, " N"] | None = None
+    ) -> tuple[Beams, Int[Tensor, "B k"]]:
+        """The best continuations by one token, and which beginning of its row each of them continues; `ends` are the
+        ids that end one (default: EOS)."""
         beams, vocab = log_p.shape[1:]
         stay = torch.full_like(log_p, float("-inf"))
         stay[..., PAD] = 0.0  # a finished beam has one continuation: itself
@@ -139,7 +142,7 @@ class Beams(NamedTuple):
             torch.cat([before, token[..., None]], -1),
             total.flatten(1).gather(1, best),
             length.gather(1, origin),
-            self.done.gather(1, origin) | (token == EOS),
+            self.done.gather(1, origin) | (token == EOS if ends is None else torch.isin(token, ends)),
         )
         return grown, origin
 
@@ -149,12 +152,16 @@ class Beams(NamedTuple):
 
     def best(self, penalty: float) -> list[Found]:
         """Each row's answer: the best of those that came to their end, or of all where none did."""
+        return [Found(ids[: ids.index(EOS)] if EOS in ids else ids, score) for ids, score in self.winners(penalty)]
+
+    def winners(self, penalty: float) -> list[tuple[list[int], float]]:
+        """The same with what stands behind the end."""
         value = self.score / self.length.clamp(min=1) ** penalty
         ended = self.done & self.score.isfinite()
         winner = value.masked_fill(~ended & ended.any(1, keepdim=True), float("-inf")).argmax(1)
         row = torch.arange(len(winner), device=winner.device)
         written, score = self.written[row, winner].tolist(), self.score[row, winner].tolist()
-        return [Found(ids[: ids.index(EOS)] if EOS in ids else ids, s) for ids, s in zip(written, score, strict=True)]
+        return list(zip(written, score, strict=True))
 
 
 def _log_probabilities(logits: Float[Tensor, "B 1 V"]) -> Float[Tensor, "B V"]:

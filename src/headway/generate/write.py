@@ -1,0 +1,148 @@
+"""Writing: prompts go in, texts come out, as a stream of tokens or all at once; greedy, drawn, or by beams.
+
+Rows of one batch do not know of each other: each has its own randomness, its own end, and leaves when it is done.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator, Sequence
+from typing import Annotated, NamedTuple
+
+import torch
+from jaxtyping import Int
+from msgspec import Meta
+from torch import Tensor
+
+from headway.generate.sampling import Sampling, draw
+from headway.generate.writer import writer_of
+from headway.loaded import Loaded
+from headway.spec import Size
+
+CROWDED = 0.75  # share of rows still going below which the others leave: it costs a copy
+
+
+class Options(Sampling, frozen=True):
+    """`tokens`: how many a row writes at most. `stop`: strings that end a text, and are left out of it. `seed` with a
+    row's number is its randomness. `beams`: beginnings kept by beam search, which compete by log-probability over
+    length^`penalty`; they draw nothing."""
+
+    tokens: Size = 128
+    stop: tuple[str, ...] = ()
+    seed: Annotated[int, Meta(ge=0, lt=2**53)] = 0
+    beams: Annotated[int, Meta(ge=1, le=1024)] = 1
+    penalty: Annotated[float, Meta(ge=0)] = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beams > 1 and (self.temperature or self.repetition_penalty != 1):
+            raise ValueError("beams keep the likeliest beginnings and draw nothing: leave out temperature and penalty")
+        if any(not text for text in self.stop):
+            raise ValueError("stop: an empty string stands everywhere; leave it out")
+
+
+class Written(NamedTuple):
+    """What one row wrote: ids without the end, the log-probability of each (the end's last, where it came to it), and
+    whether it came to its end or stopped at the limit."""
+
+    ids: list[int]
+    log_probabilities: list[float]
+    ended: bool
+
+
+class Token(NamedTuple):
+    """One token of one row, as it is written; `ended` with the last one, whose id may be the end's."""
+
+    row: int
+    id: int
+    log_probability: float
+    ended: bool
+
+
+def tokens(
+    model: Loaded, rows: Sequence[Sequence[int]], how: Options, numbers: Sequence[int] | None = None
+) -> Generator[Token, set[int] | None, None]:
+    """Tokens of all rows as they come; the caller may `send` the rows that need not go on (a stop string).
+
+    `numbers`: what each row is called among all prompts, for its randomness (default: as they stand here).
+    """
+    room = room_for(model, rows, how.tokens)
+    writer = writer_of(model, rows, max(room))
+    there = list(range(len(rows)))
+    seen = [list(row) if model.kind == "decoder" else [] for row in rows]
+    luck = [random.Random((how.seed << 32) + row) for row in numbers or there]
+    bad = torch.tensor(model.facts.bad, dtype=torch.long, device=model.device) if model.facts.bad else None
+    logits, done, asked = writer.first(), set[int](), set[int]()
+    for step in range(max(room)):
+        drawn = draw(logits, how, [seen[row] for row in there], [luck[row] for row in there], bad)
+        said = forced(model, step, max(room), drawn.ids)
+        for row, token, log_p in zip(there, said.tolist(), drawn.log_probabilities.tolist(), strict=True):
+            if row in done:
+                continue
+            seen[row].append(token)
+            ended = token in model.facts.eos
+            more = yield Token(row, token, log_p, ended)
+            asked |= more or set()
+            if ended or row in asked or step + 1 >= room[row]:
+                done.add(row)
+        staying = [i for i, row in enumerate(there) if row not in done]
+        if not staying:
+            return
+        if len(staying) < CROWDED * len(there):
+            kept = torch.tensor(staying, device=logits.device)
+            writer.keep(kept)
+            said, there = said[kept], [there[i] for i in staying]
+        logits = writer.next(said)
+
+
+def room_for(model: Loaded, rows: Sequence[Sequence[int]], wanted: int) -> list[int]:
+    """How many tokens each row may write: what is wanted, or what the model has places for."""
+    limit = model.max_tokens
+    for row in rows:
+        if not row:
+            raise ValueError("cannot go on from an empty prompt: give at least one token")
+        model.check_length(len(row) + (model.kind == "decoder"))
+    if limit is None or model.kind != "decoder":
+        return [wanted for _ in rows]
+    return [min(wanted, limit - len(row)) for row in rows]
+
+
+def forced(model: Loaded, step: int, room: int, ids: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """What a checkpoint must write first, and at the limit, in place of what was drawn."""
+    if step == 0 and model.facts.forced_bos is not None:
+        return torch.full_like(ids, model.facts.forced_bos)
+    if step == room - 1 and model.facts.forced_eos is not None:
+        return torch.full_like(ids, model.facts.forced_eos)
+    return ids
+
+
+@torch.inference_mode()
+def beams(model: Loaded, rows: Sequence[Sequence[int]], how: Options) -> list[Written]:
+    """The best of `how.beams` beginnings of each row; one cut at the limit wins only where none has ended."""
+    from headway.generate.search import Beams
+
+    count, width, device = len(rows), how.beams, model.device
+    room = min(room_for(model, rows, how.tokens))
+    writer = writer_of(model, [row for row in rows for _ in range(width)], room)
+    kept, logits = Beams.start(count, width, device), writer.first()
+    ends = torch.tensor(sorted(model.facts.eos), dtype=torch.long, device=device)
+    bad = torch.tensor(model.facts.bad, dtype=torch.long, device=device)
+    base = torch.arange(count, device=device)[:, None] * width
+    for step in range(room):
+        log_p = logits.float().log_softmax(-1).index_fill(1, bad, float("-inf"))
+        must = model.facts.forced_bos if step == 0 else model.facts.forced_eos if step == room - 1 else None
+        if must is not None:
+            only = torch.full_like(log_p, float("-inf"))
+            only[:, must] = log_p[:, must]
+            log_p = only
+        kept, origin = kept.grow(log_p.unflatten(0, (count, width)), how.penalty, ends)
+        if bool(kept.done.all()):
+            break
+        writer.keep((base + origin).flatten())
+        logits = writer.next(kept.written[:, :, -1].flatten())
+    return [_answer(ids, score, set(model.facts.eos)) for ids, score in kept.winners(how.penalty)]
+
+
+def _answer(ids: list[int], score: float, ends: set[int]) -> Written:
+    end = next((i for i, token in enumerate(ids) if token in ends), None)
+    return Written(ids[:end], [score], end is not None)
