@@ -39,26 +39,29 @@ def _ask(job: str) -> str:
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"chat template: not done after {PATIENCE:.0f} seconds; it may never be") from None
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:  # the process was ended by a limit
+    if done.returncode < 0:  # a signal: the limits send one
         raise ValueError(
             f"chat template: took more than {SECONDS:.0f} s of processor time or {BYTES >> 20} MiB; it may never end"
-        ) from None
+        )
+    if done.returncode:
+        raise ValueError(
+            f"chat template: {(done.stderr.decode(errors='replace').split(chr(10))[-2:] or [''])[0][:300]}"
+        )
+    answer = json.loads(done.stdout)
     if "error" in answer:
         raise ValueError(f"chat template: {answer['error']}")
     return answer["text"]
 
 
 def _limit() -> None:
-    """From here on this process ends by itself when it takes too much; Windows has neither limit, only PATIENCE."""
+    """From here on this process ends by itself when it takes too much; a system without such limits has PATIENCE."""
     try:
         import resource
         import signal
 
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    except ImportError:
+    except (ImportError, ValueError, OSError):
         pass
 
 

@@ -60,10 +60,10 @@ class Told(NamedTuple):
         )
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.config.get(key, default)
-        if not isinstance(value, bool):
+        value = self.config.get(key)
+        if value is not None and not isinstance(value, bool):
             raise ValueError(f"{key} is {value!r}, not true or false")
-        return value
+        return default if value is None else value
 
     def text(self, name: Name, default: str) -> str:
         return self.names.get(name, default)

@@ -19,6 +19,11 @@ CONVERT = "write tokenizer.json once: transformers.AutoTokenizer.from_pretrained
 SENTENCEPIECE = {"spiece.model": "T5", "sentencepiece.bpe.model": "XLMRoberta", "tokenizer.model": "Llama"}
 # classes for which add_bos_token and add_eos_token decide; all others frame a text in a way of their own
 _FLAGGED = ("Llama", "CodeLlama", "GPT2", "Gemma", "Qwen2", "PreTrainedTokenizerFast", "TokenizersBackend")
+_BERT_FLAGS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -61,10 +66,28 @@ def frame(core: "tokenizers.Tokenizer", before: str | None, after: str | None) -
 
 
 def apply_flags(core: "tokenizers.Tokenizer", told: Told) -> None:
-    """What tokenizer_config.json says of the tokens around a text, where it differs from what the tokenizer does."""
+    """What tokenizer_config.json says of letters, spaces and frame, where it differs from what the tokenizer does.
+
+    It has the last word in transformers, too; null and what is not there change nothing.
+    """
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    normalizer, words = core.normalizer, core.pre_tokenizer
+    if isinstance(normalizer, BertNormalizer):
+        for key, name in _BERT_FLAGS.items():
+            if told.config.get(key) is not None:
+                setattr(normalizer, name, told.flag(key, False))
+        core.normalizer = normalizer
+    if isinstance(words, ByteLevel):
+        words.add_prefix_space = told.flag("add_prefix_space", words.add_prefix_space)
+        core.pre_tokenizer = words
+    if str(told.config.get("tokenizer_class") or _FLAGGED[0]).startswith(_FLAGGED):
+        _apply_frame(core, told)
+
+
+def _apply_frame(core: "tokenizers.Tokenizer", told: Told) -> None:
     if not {"add_bos_token", "add_eos_token"} & told.config.keys():
-        return
-    if not str(told.config.get("tokenizer_class", "GPT2")).startswith(_FLAGGED):
         return
     bos, eos = told.names.get("bos"), told.names.get("eos")
     first, last = (None if text is None else core.token_to_id(text) for text in (bos, eos))
@@ -99,13 +122,7 @@ def _wordpiece(told: Told, text: str) -> "tokenizers.Tokenizer":
     if lost:
         raise ValueError(f"{len(vocab)} tokens, none of them {lost[0]!r}: not a BERT vocabulary")
     core = Tokenizer(models.WordPiece(vocab, unk_token=unk, max_input_chars_per_word=100))
-    strip = told.flag("strip_accents", False) if told.config.get("strip_accents") is not None else None
-    core.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=told.flag("tokenize_chinese_chars", True),
-        strip_accents=strip,
-        lowercase=told.flag("do_lower_case", True),
-    )
+    core.normalizer = normalizers.BertNormalizer()  # apply_flags has the rest
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.decoder = decoders.WordPiece(prefix="##")
     core.post_processor = processors.TemplateProcessing(

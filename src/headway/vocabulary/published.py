@@ -58,8 +58,8 @@ class PublishedTokenizer:
             self._specials, self.specials = special, frozenset(special)
             self._special_ids = frozenset(special.values())
             # what the model writes for the unknown is no forgery; Unigram knows its own by id, not by spelling
-            self._unknown = {facts.names.get("unk"), getattr(core.model, "unk_token", None)}
-            self._forgeable = self.specials - self._unknown
+            self._forgeable = self.specials - {facts.names.get("unk"), getattr(core.model, "unk_token", None)}
+            self._forgeable_ids = frozenset(special[text] for text in self._forgeable)
             self.vocab = max(ids.values()) + 1
             self.max_tokens, self.padding_side = facts.max_tokens, facts.padding_side
             self._honouring: dict[tuple[frozenset[str], bool], tokenizers.Tokenizer] = {}
@@ -222,8 +222,10 @@ class PublishedTokenizer:
 
     def _forged(self, found: Encoding, honour: frozenset[str]) -> bool:
         """Whether a token of the text itself is a special that nobody honours."""
-        banned = {self._specials[text] for text in self._forgeable - honour}
-        return any(i in banned and of is not None for i, of in zip(found.ids, found.sequence, strict=True))
+        banned = self._forgeable_ids - {self._specials[text] for text in honour}
+        return not banned.isdisjoint(found.ids) and any(
+            i in banned and of is not None for i, of in zip(found.ids, found.sequence, strict=True)
+        )
 
     def _known(self, ids: Sequence[int]) -> list[int]:
         ids = [int(i) for i in ids]

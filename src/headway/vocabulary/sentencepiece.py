@@ -44,7 +44,7 @@ class Model(NamedTuple):
 def build(told: Told, data: bytes, usual: str) -> "tokenizers.Tokenizer":
     """The tokenizer of a model file; `usual` is the family that a file of its name belongs to."""
     model = read(data)
-    family = str(told.config.get("tokenizer_class", usual)).removesuffix("Fast").removesuffix("Tokenizer")
+    family = str(told.config.get("tokenizer_class") or usual).removesuffix("Fast").removesuffix("Tokenizer")
     first = [piece.text for piece in model.pieces[:3]]
     # kind, squeezing and the first three pieces of each family
     if family == "T5" and (model.kind, model.squeeze, first) == (UNIGRAM, True, ["<pad>", "</s>", "<unk>"]):
