@@ -198,11 +198,13 @@ class PublishedTokenizer:
             raise ValueError(
                 f"cannot honour {sorted(honour - self.specials)[:3]}: no special tokens of this vocabulary"
             )
-        if (honour, strict) not in self._honouring:
-            if len(self._honouring) == _KEPT:
+        core = self._honouring.get((honour, strict))
+        if core is None:  # two threads may both make one, and neither is harmed
+            core = self._variant(honour, strict)
+            if len(self._honouring) >= _KEPT:
                 self._honouring.clear()
-            self._honouring[honour, strict] = self._variant(honour, strict)
-        return self._honouring[honour, strict]
+            self._honouring[honour, strict] = core
+        return core
 
     def _variant(self, honour: frozenset[str], strict: bool) -> "tokenizers.Tokenizer":
         """A copy for which the honoured are not "special", so that the library's switch leaves them whole."""
