@@ -40,6 +40,10 @@ class blank(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
+        if getattr(func, "__module__", "") == "torch.nn.init":  # drawing nothing would import PyTorch's compiler: 3 s
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         return func(*args, **kwargs)
 
 
@@ -122,7 +126,7 @@ class _Published(Mapping[str, Tensor]):
         ours = [self._own[name].detach() for name in rule.ours]
         whole = ours[0] if len(ours) == 1 else torch.cat(ours)
         whole = whole if len(rule.theirs) == 1 else whole.chunk(len(rule.theirs))[part]
-        return whole.T if rule.transpose else whole
+        return _column(whole).T if rule.transpose else whole
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
@@ -200,6 +204,7 @@ def _misfit(rule: Rule, own: dict[str, Tensor], shapes: dict[str, tuple[int, ...
     ours, theirs = [tuple(own[name].shape) for name in rule.ours], [shapes[name] for name in rule.theirs]
     if rule.transpose:
         theirs = [shape[::-1] if len(shape) == 2 else () for shape in theirs]
+        ours = [(*shape, 1) if len(shape) == 1 else shape for shape in ours]
     if len(ours) == len(theirs) == 1:
         fits = ours == theirs
     else:  # no single numbers; the same rows in all, and those of `theirs` divided evenly so that they can be written
@@ -273,13 +278,18 @@ def _pairs(
         for part in plan[name]:
             ours = rowed(targets[part.ours])
             if part.transpose:
-                place = ours[part.to : part.to + part.end - part.begin, start : start + len(rows)]
+                place = _column(ours)[part.to : part.to + part.end - part.begin, start : start + len(rows)]
                 yield part, place, rows[:, part.begin : part.end].T
             else:
                 low, high = max(part.begin, start), min(part.end, start + len(rows))
                 if low < high:
                     shift = part.to - part.begin
                     yield part, ours[low + shift : high + shift], rows[low - start : high - start]
+
+
+def _column(tensor: Tensor) -> Tensor:
+    """A vector as a matrix of one column, so that its transpose is one row."""
+    return tensor[:, None] if tensor.ndim == 1 else tensor
 
 
 def _stream(weights: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str, int, Tensor]]:
