@@ -78,7 +78,7 @@ def test_chunks_equal_the_definition_with_its_gradients(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [63, 64, 65, 200])
+@pytest.mark.parametrize("length", [63, 64, 65, 200, 257, 700])
 def test_the_default_chunk_equals_the_definition(kind: str, length: int) -> None:
     given = call(kind, length, rows=1, dtype=torch.float32)
     wide = {name: t.double() for name, t in given.items()}
@@ -159,7 +159,7 @@ def test_a_restart_forgets_all_that_came_before(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [1, 2, 7, 64, 65, 130, 200])
+@pytest.mark.parametrize("length", [1, 2, 7, 64, 65, 130, 200, 257, 700])
 def test_flops_are_those_counted(kind: str, length: int) -> None:
     for shared in (False, True)[: 1 if kind == "delta" else 2]:
         given = call(kind, length, rows=1, heads=3)

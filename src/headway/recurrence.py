@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+CHUNK, SHORT = 64, 32  # tokens of a chunk; of one whose inside costs more than what is carried on: channel, delta
+RUN = 256  # tokens at a time on a CPU: what is made of them stays in the cache, in memory used before
 FORGOTTEN = -1e4  # exp of it is 0 in every precision, and unlike -inf it has differences
 
 
@@ -49,30 +53,40 @@ def recur(
     *,
     decay: Float[Tensor, "B H T"] | Float[Tensor, "B H T K"] | None = None,
     state: Float[Tensor, "B H K V"] | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V"]]:
     """`stepwise`, in chunks of at most `chunk` tokens: time and memory grow with T, and T = 1 is one step."""
-    length = q.shape[2]
+    length, channel = q.shape[2], decay is not None and decay.ndim == 4
     if length == 1:
         return stepwise(q, k, v, decay=decay, state=state)
-    if decay is not None and decay.ndim == 4:
+    if channel:
         q, k = q.expand(decay.shape), k.expand(decay.shape)
-    size = _chunk_size(length, chunk, decay is not None and decay.ndim == 4)
+    size = _chunk_size(length, chunk or (SHORT if channel else CHUNK), channel)
+    outputs = []
+    for part in _runs(size, q, k, v, decay):
+        y, state = _run(*part, state, size)
+        outputs.append(y)
+    assert state is not None  # there is a run
+    return _joined(outputs, length), state
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, size: int
+) -> tuple[Tensor, Tensor]:
     q, k, v = _chunks(q, size), _chunks(k, size), _chunks(v, size, copy=q.shape[1] == v.shape[1])
     if decay is None:
         y = (q @ k.mT).tril_() @ v
         read, last = _between(q, k, v, None, state)
     elif decay.ndim == 4:
-        scores, since, until = _by_channel(q, k, _chunks(decay, size))
-        y = scores @ v
-        read, last = _between(q * since.to(q.dtype), k * until.to(k.dtype), v, since[..., -1, :, None], state)
+        scores, since, until, whole = _by_channel(q, k, _chunks(decay, size))
+        y = scores.to(v.dtype) @ v
+        read, last = _between(since, until, v, whole, state)
     else:
         within, since, until = _by_head(_chunks(decay, size))
         y = ((q @ k.mT) * within.to(q.dtype)) @ v
         read, last = _between(q, k, v * until.to(v.dtype), since[..., -1:, :], state)
         read = None if read is None else since.to(read.dtype) * read
-    y = y if read is None else y + read
-    return y.flatten(2, 3)[:, :, :length], last
+    return (y if read is None else y + read).flatten(2, 3), last
 
 
 def delta_stepwise(
@@ -105,7 +119,7 @@ def delta(
     *,
     decay: Float[Tensor, "B H T"] | None = None,
     state: Float[Tensor, "B H K V"] | None = None,
-    chunk: int = 64,
+    chunk: int = SHORT,
 ) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V"]]:
     """`delta_stepwise`, in chunks.
 
@@ -117,37 +131,54 @@ def delta(
         return delta_stepwise(q, k, v, beta, decay=decay, state=state)
     size = _chunk_size(length, chunk, False)
     decay = beta.new_zeros(()).expand(beta.shape) if decay is None else decay
-    q, k, v, beta, decay = (_chunks(t, size).to(_wide(v)) for t in (q, k, v, beta, decay))
+    outputs = []
+    for part in _runs(size, q, k, v, beta, decay):
+        y, state = _delta_run(*(_chunks(t, size).to(_wide(v)) for t in part), state)
+        outputs.append(y)
+    assert state is not None  # there is a run
+    return _joined(outputs, length).to(dtype), state
+
+
+def _delta_run(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
     within, since, until = _by_head(decay)
     beta = beta[..., None]
     owed = beta * k
     system = (owed @ k.mT) * within  # its diagonal is never read: taken as ones
-    wanted = beta * v
+    one = torch.eye(k.shape[-2], dtype=system.dtype, device=k.device).expand_as(system)
+    # The inverse is safe: its entries are what is left of a key once later keys were taken away, shares of one.
+    solve = torch.linalg.solve_triangular(system, one, upper=False, unitriangular=True)
+    wanted, said = solve @ (beta * v), None
     if state is not None or k.shape[2] > 1:  # what S_0 already says matters only where there is an S_0
-        wanted = torch.cat([wanted, since * owed], -1)
-    solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
-    entering, last, u = _corrected(solved, (k * until).mT, since[..., -1, :, None], state, v.shape[-1])
+        said = solve @ (since * owed)
+    entering, last, u = _corrected(wanted, said, (k * until).mT, since[..., -1, :, None], state)
     y = (within * (q @ k.mT)) @ u
-    if entering is not None:
-        y = y + (q * since) @ entering
-    return y.flatten(2, 3)[:, :, :length].to(dtype), last
+    return (y if entering is None else y + (q * since) @ entering).flatten(2, 3), last
 
 
 def flops(
-    length: int, heads: int, key_dim: int, value_dim: int, kind: str, *, shared: bool = False, chunk: int = 64
+    length: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    kind: str,
+    *,
+    shared: bool = False,
+    chunk: int | None = None,
 ) -> int:
     """Of the matrix products, from no state. `kind` is the decay, one of none, fixed (a head, and not learned), head,
     channel, or it is delta; `shared`: one q and k for all heads."""
     update = heads * key_dim * value_dim  # a token written to the state, or read from it
     if length == 1:
         return 2 * update * (2 if kind == "delta" else 1)
-    size = _chunk_size(length, chunk, kind == "channel")
+    size = _chunk_size(length, chunk or _usual(kind), kind == "channel")
     count = -(-length // size)
     scores = size * size * key_dim * (1 if shared and kind != "channel" else heads)
     if kind == "channel":
-        scores = heads * sum(size * half * key_dim // 2 for half in _halvings(size))
+        scores = heads * sum(size * half * key_dim // 2 for half in _halvings(size) if half > 1)
     if kind == "delta":
-        scores *= 2
+        scores = 2 * scores + heads * size * size * (value_dim + (key_dim if count > 1 else 0))
     products = count * (scores + size * (heads * size * value_dim + update))
     if count > 1:  # reading the states that enter the chunks; the first of them is nothing to correct
         products += size * update * (count + (count - 1 if kind == "delta" else 0))
@@ -155,14 +186,21 @@ def flops(
 
 
 def kept_bytes(
-    length: int, heads: int, key_dim: int, value_dim: int, kind: str, *, shared: bool = False, chunk: int = 64
+    length: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    kind: str,
+    *,
+    shared: bool = False,
+    chunk: int | None = None,
 ) -> int:
     """What autograd keeps of such a call for the way back, about, in single precision."""
-    size = _chunk_size(length, chunk, kind == "channel")
+    size = _chunk_size(length, chunk or _usual(kind), kind == "channel")
     groups = 1 if shared and kind != "channel" else heads
-    squares = {"fixed": 2 * heads, "head": 2 * heads + groups, "delta": 5 * heads}.get(kind, heads)  # C x C
+    squares = {"fixed": 2 * heads, "head": 2 * heads + groups, "delta": 6 * heads}.get(kind, heads)  # C x C
     rows = {"channel": heads * (5 + 2 * len(_halvings(size))), "delta": 4 * heads}.get(kind, 2 * groups)  # C x K
-    values = heads * {"fixed": 2, "head": 2, "delta": 3}.get(kind, 1)  # C x V
+    values = heads * {"fixed": 2, "head": 2, "delta": 4}.get(kind, 1)  # C x V
     states = 0
     if length > size:
         rows += heads * {"channel": 1, "delta": 3}.get(kind, 0)
@@ -199,6 +237,24 @@ def restart(decay: Tensor, segments: Int[Tensor, "B T"]) -> Tensor:
 # --- Chunks, and the decays within one
 
 
+def _usual(kind: str) -> int:
+    return SHORT if kind in ("channel", "delta") else CHUNK
+
+
+def _runs(size: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Runs of at least two chunks, those of each tensor side by side; None stays None. All is one run on a GPU, which
+    has no use for parts."""
+    first = tensors[0]
+    assert first is not None
+    most = max(RUN // size, 2) * size if first.device.type == "cpu" else first.shape[2]
+    parts = [itertools.repeat(None) if t is None else t.split(most, 2) for t in tensors]
+    return zip(*parts, strict=False)
+
+
+def _joined(parts: list[Tensor], length: int) -> Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 2))[:, :, :length]
+
+
 def _chunk_size(length: int, most: int, halved: bool) -> int:
     """As few chunks as `most` allows, as even as can be; a power of two where a chunk is halved again and again."""
     if halved:
@@ -229,29 +285,38 @@ def _by_head(decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return gap.masked_fill_(ahead, float("-inf")).exp_(), since.to(gap.dtype), until.to(gap.dtype)
 
 
-def _by_channel(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The decayed scores within each chunk (C x C), and the decays since its start and until its end (C x K).
+def _by_channel(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The decayed scores within each chunk (C x C), queries decayed since its start and keys until its end (C x K), and
+    what outlives the chunk (K x 1).
 
-    A decay a key channel does not leave the sum over channels, so it is split at the middle of ever smaller halves: a
-    query decays since the middle and a key until the middle, both exponents <= 0, and no sum is a difference of two.
+    A decay a key channel does not leave the sum over channels, so it is split at the middle of ever larger blocks: a
+    query decays since the middle and a key until the middle. These are products of shares, exp of each token's decay:
+    no quotient is among them, and none is above one.
     """
-    scores, since, until = _halves(q, k, decay.to(_wide(decay)))
-    return scores, since.exp(), until.exp()
+    share = decay.to(_wide(decay)).exp()
+    scores = (q * k).sum(-1)[..., None, None]  # of blocks of one token: ... C 1 1
+    since, until = share * q, k.to(share.dtype, copy=True)
+    for half in reversed(_halvings(q.shape[-2])):
+        late, early = since.unflatten(-2, (-1, 2, half))[..., 1, :, :], until.unflatten(-2, (-1, 2, half))[..., 0, :, :]
+        late, early = late.to(q.dtype), early.to(q.dtype)
+        across = late @ early.mT if half > 1 else (late * early).sum(-1, keepdim=True)
+        first, second = scores.unflatten(-3, (-1, 2)).unbind(-3)
+        upper = torch.cat([first, torch.zeros_like(across)], -1)
+        scores = torch.cat([upper, torch.cat([across, second], -1)], -2)
+        before, after = share.unflatten(-2, (-1, 2)).unbind(-2)
+        since, until, share = _faded(since, half, 1, before), _faded(until, half, 0, after), before * after
+    return scores.squeeze(-3), since.to(q.dtype), until.to(q.dtype), share.mT
 
 
-def _halves(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if q.shape[-2] == 1:
-        return (q * k).sum(-1, keepdim=True), decay, torch.zeros_like(decay)
-    halves = [t.unflatten(-2, (2, -1)) for t in (q, k, decay)]
-    scores, since, until = _halves(*halves)
-    (early, late), (early_since, late_since), (early_until, late_until) = (t.unbind(-3) for t in (scores, since, until))
-    queries = halves[0].select(-3, 1) * late_since.exp().to(q.dtype)
-    keys = halves[1].select(-3, 0) * early_until.exp().to(q.dtype)
-    across = queries @ keys.mT
-    scores = torch.cat([torch.cat([early, torch.zeros_like(across)], -1), torch.cat([across, late], -1)], -2)
-    since = torch.cat([early_since, late_since + early_since[..., -1:, :]], -2)
-    until = torch.cat([early_until + late_since[..., -1:, :], late_until], -2)
-    return scores, since, until
+def _faded(t: Tensor, half: int, which: int, share: Tensor) -> Tensor:
+    """`t` with the first or second half of each block times a share; overwritten where no way back asks for it."""
+    halves = t.unflatten(-2, (-1, 2, half))
+    if not torch.is_grad_enabled():
+        halves.select(-3, which).mul_(share[..., None, :])
+        return t
+    parts = list(halves.unbind(-3))
+    parts[which] = parts[which] * share[..., None, :]
+    return torch.stack(parts, -3).flatten(-4, -2)
 
 
 def _halvings(size: int) -> list[int]:
@@ -298,27 +363,23 @@ def _carry(updates: Tensor, keep: Tensor | None, state: Tensor | None) -> tuple[
     for update, share in zip(updates.unbind(2), shares, strict=False):
         entering.append(s)
         if s is not None:
-            update = update + (s if share is None else share * s)
+            update = update + s if share is None else torch.addcmul(update, share, s)
         s = update
     return _stacked(entering, s)
 
 
 def _corrected(
-    solved: Tensor, keys: Tensor, keep: Tensor, state: Tensor | None, values: int
+    wanted: Tensor, said: Tensor | None, keys: Tensor, keep: Tensor, state: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The same under the delta rule, and the u of each chunk."""
+    """The same under the delta rule, and the u of each chunk: what is `wanted` less what the state `said`."""
     entering: list[Tensor | None] = []
-    u, s = [], state
-    for part, key, share in zip(solved.unbind(2), keys.unbind(2), keep.unbind(2), strict=True):
+    u, s = [], None if state is None else state.to(wanted.dtype)
+    saids = itertools.repeat(None) if said is None else said.unbind(2)
+    for want, say, key, share in zip(wanted.unbind(2), saids, keys.unbind(2), keep.unbind(2), strict=False):
         entering.append(s)
-        new = part[..., :values]
-        if s is None:
-            u.append(new)
-            s = key @ new
-        else:
-            s = s.to(new.dtype)
-            u.append(new - part[..., values:] @ s)
-            s = share * s + key @ u[-1]
+        u.append(want if s is None or say is None else want - say @ s)
+        update = key @ u[-1]
+        s = update if s is None else torch.addcmul(update, share, s)
     return *_stacked(entering, s), torch.stack(u, 2)
 
 
