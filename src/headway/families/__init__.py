@@ -27,7 +27,7 @@ HARMLESS = frozenset(
     initializer_range label2id model_type output_attentions output_hidden_states problem_type return_dict
     task_specific_params tokenizer_class torch_dtype transformers_version use_cache _attn_implementation
     attn_implementation sep_token_id cls_token_id mask_token_id pretraining_tp id2label num_labels
-    return_dict_in_generate finetuning_task""".split()  # noqa: SIM905
+    return_dict_in_generate finetuning_task output_past""".split()  # noqa: SIM905
 )
 
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "gelu_new": "gelu_tanh",
@@ -36,7 +36,8 @@ ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", 
 
 class Published(NamedTuple):
     """A published checkpoint in our words. `prefix`: what the names in the rules begin with, and which a file of the
-    bare model leaves out. `ignore`: patterns of names that hold no weights (tables that are computed)."""
+    bare model leaves out. `ignore`: patterns of names that a file may hold and the model does not need: tables that are
+    computed, heads of the training that its architecture leaves out."""
 
     spec: dict[str, Any]
     facts: Facts

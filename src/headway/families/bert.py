@@ -61,17 +61,18 @@ def read(config: Config) -> Published:
     }
     pad = config.take("pad_token_id", 0, int)
     facts = Facts(family="bert", type="bert", max_tokens=length, pad=pad, original=config.original())
-    return Published(spec, facts, rules(spec), "bert.", ("*position_ids",))
+    unused = () if {"pool", "next", "classify"} & set(spec["heads"]) else ("*pooler.dense.*", "cls.seq_relationship.*")
+    return Published(spec, facts, rules(spec), "bert.", ("*position_ids", *unused))
 
 
-def rules(spec: dict[str, Any]) -> list[Rule]:
-    """Their names by ours."""
-    found = [Rule(("embedding.weight",), ("bert.embeddings.word_embeddings.weight",)),
-             Rule(("types.weight",), ("bert.embeddings.token_type_embeddings.weight",)),
-             Rule(("stack.positions.table.weight",), ("bert.embeddings.position_embeddings.weight",)),
-             *linear("stack.first_norm", "bert.embeddings.LayerNorm")]  # fmt: skip
+def body(spec: dict[str, Any], root: str) -> list[Rule]:
+    """Their names by ours, heads apart; they begin with `root`."""
+    found = [Rule(("embedding.weight",), (f"{root}.embeddings.word_embeddings.weight",)),
+             Rule(("types.weight",), (f"{root}.embeddings.token_type_embeddings.weight",)),
+             Rule(("stack.positions.table.weight",), (f"{root}.embeddings.position_embeddings.weight",)),
+             *linear("stack.first_norm", f"{root}.embeddings.LayerNorm")]  # fmt: skip
     for i in range(spec["stack"]["repeat"]):
-        ours, theirs = f"stack.blocks.{i}", f"bert.encoder.layer.{i}"
+        ours, theirs = f"stack.blocks.{i}", f"{root}.encoder.layer.{i}"
         attention = f"{theirs}.attention.self"
         found += linear(f"{ours}.mixer.inner.query", f"{attention}.query")
         found += linear(f"{ours}.mixer.inner.key_value", (f"{attention}.key", f"{attention}.value"))
@@ -80,6 +81,12 @@ def rules(spec: dict[str, Any]) -> list[Rule]:
         found += linear(f"{ours}.feedforward.inner.enter", f"{theirs}.intermediate.dense")
         found += linear(f"{ours}.feedforward.inner.leave", f"{theirs}.output.dense")
         found += linear(f"{ours}.feedforward.after", f"{theirs}.output.LayerNorm")
+    return found
+
+
+def rules(spec: dict[str, Any]) -> list[Rule]:
+    """Their names by ours."""
+    found = body(spec, "bert")
     heads = spec["heads"]
     if "pool" in heads:
         found += linear("heads.pool.dense", "bert.pooler.dense")
