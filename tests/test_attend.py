@@ -248,7 +248,8 @@ def test_explain_names_the_backend_that_is_then_taken() -> None:
     for named in ({}, {"softcap": 2.0}, {"mask": Mask(causal=True, window=(1, 0))}):
         with listening() as heard:
             attend(q, q, q, **named)
-        assert ": ".join(heard[0]) == explain(q, q, q, **named)
+        assert f"{heard[0].backend}: {heard[0].why}" == explain(q, q, q, **named)
+        assert heard[0].call == call_of(q, q, q, **named)
 
 
 def test_every_layer_tells_its_backend() -> None:

@@ -22,6 +22,8 @@ from headway.compare.cost_worker import Job, answer, point
 from headway.compare.cost_worker import measure as measure_run
 from headway.compare.growth import crossover, fit, foretold
 from headway.display import cost_summary
+from headway.mixers import build
+from headway.positions import Positions
 
 LIKE = Job({}, width=16, heads=2)
 cost: Any = sys.modules["headway.compare.cost"]
@@ -126,6 +128,14 @@ def test_a_point_has_all_its_figures() -> None:
     assert found["kernels"] == ["sdpa: is_causal, queries and keys start together"]
 
 
+def test_the_form_that_is_run_is_the_one_whose_cost_is_stated() -> None:
+    named = {"name": "performer", "features": 16}
+    causal, both = (point(Job(named, causal=c, width=16, heads=2, seconds=0.1), 64) for c in (True, False))
+    mixer = build(named | {"heads": 2}, 16, Positions())
+    assert causal["flops"] == mixer.cost(64, causal=True).flops != both["flops"]
+    assert both["flops"] == mixer.cost(64, causal=False).flops
+
+
 @pytest.mark.parametrize(("named", "pairs"), [({}, 64 * 65 // 2), ({"window": 3}, 4 * 64 - 6)])
 def test_what_the_mask_hides_is_no_work(named: dict[str, Any], pairs: int) -> None:
     found = point(Job({"name": "sdpa", **named}, kernel=True, width=16, heads=2, seconds=0.5), 64)
@@ -185,6 +195,7 @@ def test_lengths_without_sense_are_refused(text: str) -> None:
 
 def test_entries_are_split_outside_brackets() -> None:
     assert entries_of("attention:window=[512,0], rnn,") == ["attention:window=[512,0]", "rnn"]
+    assert named_subject("attention:window=512", LIKE, 8).job.named["window"] == [512, 0]
     found = named_subject("attention:window=[512,0]:causal=false", LIKE, 8)
     assert found.job.named == {"name": "attention", "window": [512, 0]} and not found.job.causal
     assert found.record()["title"] == "attention:window=[512,0] (bidirectional)"

@@ -20,8 +20,19 @@ from headway.text import BOS
 
 LOOK = {"name": "attention", "heads": 4}
 BLOCK = {"mixer": LOOK, "cross": LOOK, "feedforward": {}}
+T5 = {"name": "attention", "heads": 4, "head_dim": 12, "scale": 1.0}
+T5_BLOCK = {"mixer": T5, "cross": T5, "feedforward": {"gated": True, "activation": "gelu_tanh", "bias": False},
+            "norm": "rms", "norm_eps": 1e-6}  # fmt: skip
+BIASED = {**LOOK, "bias": True}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "t5": {"blocks": [T5_BLOCK, T5_BLOCK], "positions": {"name": "buckets", "buckets": 8, "distance": 6, "both": False},
+           "spec": {"tie": True, "share": True, "head_bias": False, "logit_scale": 32**-0.5}},
+    "bart": {"block": {"mixer": BIASED, "cross": BIASED, "wiring": "post"}, "first_norm": True, "final_norm": False,
+             "positions": {"name": "learned", "length": 16, "offset": 2},
+             "spec": {"tie": True, "share": True, "embed_scale": 32**0.5}},
+}  # fmt: skip
 DECODERS: dict[str, dict[str, Any]] = {
-    "pre": {},
     "post": {"block": {"wiring": "post"}},
     "sandwich": {"block": {"wiring": "sandwich", "norm": "rms"}},
     "parallel": {"block": {"wiring": "parallel"}},
@@ -42,14 +53,15 @@ DECODERS: dict[str, dict[str, Any]] = {
     "alibi": {"positions": {"name": "alibi"}},
     "no positions": {"positions": {"name": "none"}},
     "no last norm": {"final_norm": False},
+    **FAMILIES,
 }
 
 
 def net(changed: dict[str, Any]) -> Model:
-    stack = {key: value for key, value in changed.items() if key != "block"}
+    stack = {key: value for key, value in changed.items() if key not in ("block", "spec")}
     decoder = {"blocks": [{**BLOCK, **changed.get("block", {})}, BLOCK], **stack}
     spec = {"kind": "seq2seq", "width": 32, "encoder": ARCHITECTURES["transformer"]["encoder"], "decoder": decoder}
-    made = models.build({**spec, "dropout": 0.1, "source_vocab": 12, "target_vocab": 12})
+    made = models.build({**spec, "dropout": 0.1, "source_vocab": 12, "target_vocab": 12, **changed.get("spec", {})})
     assert isinstance(made, Model)
     return made.eval()
 
@@ -97,9 +109,12 @@ def test_a_source_that_is_all_padding_is_left_to_attend() -> None:
     assert all(torch.equal(one, two) for one, two in zip(own, flat, strict=True))
 
 
+@pytest.mark.parametrize("family", ["plain", "t5"])
 @pytest.mark.parametrize("valid", [None, torch.tensor([[True, True, False]])], ids=["whole", "padded"])
-def test_a_plain_transformer_steps_without_a_module(monkeypatch: pytest.MonkeyPatch, valid: Tensor | None) -> None:
-    model = net({})
+def test_a_known_transformer_steps_without_a_module(
+    monkeypatch: pytest.MonkeyPatch, valid: Tensor | None, family: str
+) -> None:
+    model = net(FAMILIES[family])
     source = torch.tensor([[5, 6, 7]])
     with torch.inference_mode():
         memory, state = model.encode(source, valid), model.init_state(1, 8)
@@ -122,7 +137,7 @@ def test_who_watches_a_module_sees_every_step() -> None:
 def test_a_backend_that_is_asked_for_is_taken() -> None:
     with forced("reference"), listening() as heard:
         streams(net({}), 1, False, flat=True)
-    assert {name for name, _ in heard} == {"reference"}
+    assert {one.backend for one in heard} == {"reference"}
     assert len(heard) > 6 * 4, "two layers, self and cross, six steps"
 
 

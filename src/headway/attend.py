@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,15 @@ BACKENDS = {name: kernels.find(name) for name in kernels.names()}
 ORDER = [name for name in ("triton", "flex", "blocked", "tiled", "sdpa") if name in BACKENDS]  # first that can and pays
 
 _forced: str | None = None
-_heard: list[tuple[str, str]] | None = None
+_heard: list[Heard] | None = None
+
+
+class Heard(NamedTuple):
+    """A call of `attend`: the backend it took, why, and its facts."""
+
+    backend: str
+    why: str
+    call: Call
 
 
 def attend(
@@ -57,7 +65,7 @@ def attend(
     )
     chosen, why = _choose(call, backend or _forced)
     if _heard is not None:
-        _heard.append((chosen, why))
+        _heard.append(Heard(chosen, why, call))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     run = reference if chosen == "reference" else BACKENDS[chosen].run
     return run(q, k, v, mask, q_pos, k_pos, bias, scale, softcap, dropout)
@@ -131,7 +139,7 @@ def explain_layers(model: nn.Module, *inputs: object, **named: object) -> dict[s
     said: dict[str, str] = {}
 
     def hear(name: str, before: int) -> None:
-        lines = [": ".join(line) for line in (_heard or [])[before:]]
+        lines = [f"{one.backend}: {one.why}" for one in (_heard or [])[before:]]
         said[name] = "; ".join(dict.fromkeys(lines))
 
     hooks = []
@@ -172,8 +180,8 @@ def forced(backend: str) -> Iterator[None]:
 
 
 @contextmanager
-def listening() -> Iterator[list[tuple[str, str]]]:
-    """The backend and the reason of every call of `attend` made inside, in order."""
+def listening() -> Iterator[list[Heard]]:
+    """Every call of `attend` made inside, in order: the backend, the reason, and the facts of the call."""
     global _heard
     before, _heard = _heard, []
     try:

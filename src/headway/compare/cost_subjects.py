@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -75,7 +76,10 @@ def subjects_of(chosen: Sequence[str], like: Job, length: int) -> list[Subject]:
 
 
 def named_subject(text: str, like: Job, length: int) -> Subject:
-    """What an entry such as `longformer:window=256` or `kernel:blocked:window=512:causal=false` asks for."""
+    """What an entry such as `longformer:window=256` or `kernel:blocked:window=512:causal=false` asks for.
+
+    Where a mixer's window is (left, right), one number is that many tokens to the left.
+    """
     name, *assignments = re.split(r":(?![^\[]*\])", text.removeprefix("kernel:"))
     named: dict[str, Any] = {"name": name}
     for assignment in assignments:
@@ -90,6 +94,8 @@ def named_subject(text: str, like: Job, length: int) -> Subject:
     if not isinstance(wish, bool | None):
         raise ValueError(f"--mixers {text}: causal is true or false, not {wish}")
     job = replace(like, named=named, kernel=text.startswith("kernel:"))
+    if not job.kernel and type(window := named.get("window")) is int and _window_is_a_pair(name):
+        named["window"] = [window, 0]
     can = _kernel_is_causal(job) if job.kernel else _mixer_is_causal(job, length)
     group = KERNELS if job.kernel else SETTINGS.get(name, (OTHER,))[0]
     title = re.sub(r":causal=\w*", "", text)
@@ -115,6 +121,11 @@ def everything(like: Job, length: int) -> list[Subject]:
         title = f"{name} window {window['window']}" if window else name
         found.append(Subject(title, KERNELS, replace(like, named={"name": name, **window}, kernel=True)))
     return sorted(found, key=lambda one: GROUPS.index(one.group))
+
+
+def _window_is_a_pair(name: str) -> bool:
+    option = inspect.signature(mixers.find(name).__init__).parameters.get("window")
+    return option is not None and "tuple" in str(option.annotation)
 
 
 def _mixer_is_causal(job: Job, length: int) -> bool:

@@ -13,8 +13,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from headway import mixers
-from headway.attend import attend, call_of, kept_bytes, listening
+from headway.attend import Heard, attend, call_of, kept_bytes, listening
 from headway.kernels import Call
 from headway.layers import initialise
 from headway.machine import Peak, synchronise
@@ -80,7 +80,8 @@ def _mixer(job: Job, length: int, on: torch.device) -> Case:
     x = torch.randn(1, length, job.width, device=on, requires_grad=job.train)
     pos, mask = positions_of(None, 1, length, on), Mask(causal=job.causal)
     run = step(lambda: mixer(x, mask=mask, pos=pos), [x, *mixer.parameters()], job.train)
-    return Case(run, mixer.cost(length), "stream" in mixer.can and job.causal)
+    form = {"causal": job.causal} if "causal" in inspect.signature(mixer.cost).parameters else {}  # it has two
+    return Case(run, mixer.cost(length, **form), "stream" in mixer.can and job.causal)
 
 
 def _kernel(job: Job, length: int, on: torch.device) -> Case:
@@ -154,17 +155,17 @@ def measure(
 def point(job: Job, length: int) -> dict[str, Any]:
     """The figures of one point; times in seconds."""
     case, on = prepare(job, length), torch.device(job.device)
-    chosen: list[tuple[str, str]] = []
-    made: list[Call] = []
+    made: list[Heard] = []
 
     def warm() -> None:
-        with listening() as backends, calls() as facts:
+        with listening() as heard:
             case.run()
-        chosen.extend(backends)
-        made.extend(facts)
+        made.extend(heard)
 
     taken, extra = measure(case.run, on, job.seconds, warm)
-    flops = (case.cost.flops - sum(map(_hidden_flops, made))) * (3 if job.train else 1)  # the way back takes twice
+    flops = (case.cost.flops - sum(_hidden_flops(one.call) for one in made)) * (
+        3 if job.train else 1
+    )  # the way back takes twice
     middle = statistics.median(taken)
     return {
         "length": length,
@@ -175,25 +176,8 @@ def point(job: Job, length: int) -> dict[str, Any]:
         "flops": flops,
         "state_bytes": case.cost.state_bytes if case.streams else None,
         "activation_bytes": case.cost.activation_bytes,
-        "kernels": sorted({": ".join(line) for line in chosen}),
+        "kernels": sorted({f"{one.backend}: {one.why}" for one in made}),
     }
-
-
-@contextmanager
-def calls() -> Iterator[list[Call]]:
-    """The facts of every call of `attend` made inside: all of them pass `call_of`."""
-    module: Any = importlib.import_module("headway.attend")
-    heard, call_of = [], module.call_of
-
-    def listen(*given: Any, **named: Any) -> Call:
-        heard.append(call_of(*given, **named))
-        return heard[-1]
-
-    module.call_of = listen
-    try:
-        yield heard
-    finally:
-        module.call_of = call_of
 
 
 def _hidden_flops(call: Call) -> int:
