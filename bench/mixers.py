@@ -204,6 +204,24 @@ def recurrences(named: dict[str, Any], whole: bool) -> Callable[[int], tuple[Sid
     return make
 
 
+def streamed(named: dict[str, Any]) -> Callable[[int], tuple[Side, Side]]:
+    """A whole layer on all tokens at once beside the same layer as it streams: a call a token, through its state."""
+
+    def make(length: int) -> tuple[Side, Side]:
+        mixer, x, causal = ours(named), tokens(length), Mask(causal=True)
+        pos = positions_of(None, 1, length, x.device)
+
+        def token_by_token() -> Tensor:
+            state = mixer.init_state(1, length)
+            steps = zip(x.split(1, 1), pos.split(1, 1), strict=True)
+            return torch.cat([mixer(token, mask=causal, pos=at, state=state) for token, at in steps], 1)
+
+        chunked = layer(mixer, x, causal)
+        return chunked, Side(token_by_token, chunked.leaves)
+
+    return make
+
+
 KINDS = {f"linear, {kind}": {"name": "linear", "heads": HEADS, "kind": kind} for kind in
          ("plain", "retention", "gated", "delta")} | {"ssm": {"name": "ssm"}}  # fmt: skip
 CASES = {
@@ -250,6 +268,11 @@ CASES = {
     **{
         f"{name}, layer": Case(f"{name}, whole layer in chunks", "token by token", recurrences(named, True), (4096,),
                                {}, ways=(FORWARD,), counts=(3, 0))
+        for name, named in KINDS.items()
+    },
+    **{
+        f"{name}, streamed": Case(f"{name}, layer in chunks", "layer streamed token by token", streamed(named), (4096,),
+                                  {FORWARD: 20}, ways=(FORWARD,), counts=(3, 0), equal=1e-3)
         for name, named in KINDS.items()
     },
 }  # fmt: skip

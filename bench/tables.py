@@ -1,4 +1,4 @@
-"""The README's tables, made from `bench/results/*.json`: `python bench/tables.py` writes them into the README."""
+"""Tables made from `bench/results/*.json`: `python bench/tables.py` writes them into README.md and docs/limits.md."""
 
 from __future__ import annotations
 
@@ -140,15 +140,47 @@ def mixers() -> str:
     return "\n".join(lines)
 
 
-def fill(readme: str) -> str:
-    """The README with its marked tables made anew."""
-    for name, table in (("demo", demo()), ("figures", figures()), ("mixers", mixers())):
-        readme = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", readme, flags=re.S
+def limits() -> str:
+    record = read("limits")
+    if not record:
+        return ""
+    lines = [
+        "| figure | tokens | bar | reached | what the time goes to | what limits it |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        ordered = sorted(row["shares"].items(), key=lambda share: -share[1])
+        spent = ", ".join(f"{name} {share:.0%}" for name, share in ordered if share >= 0.005)
+        name = f"{row['what']}, beside {row['peer']}{'' if row['way'] == 'forward' else ', both ways'}"
+        lines.append(f"| {name} | {row['length']:,} | {row['bar']:g}x | {row['ratio']:.2f}x | {spent} | {limit(row)} |")
+    lines += [
+        "",
+        f"Shares by torch.profiler, of one run of ours. Peak of a 2,048-wide fp32 product here: "
+        f"{record['gemm_peak_gflops']:.0f} GFLOP/s; {record['threads']} threads; {machine(record)}. `bench/limits.py`",
+    ]
+    return "\n".join(lines)
+
+
+def limit(row: dict[str, Any]) -> str:
+    """What the matrix products alone would allow, were all else free."""
+    if "least_ms" not in row:
+        return ""
+    return (
+        f"its products alone, at the machine's peak, take {row['least_ms']:.1f} of {row['ours_ms']['median']:.1f} ms: "
+        f"{row['most_ratio']:.1f}x were all else free"
+    )
+
+
+def fill(text: str) -> str:
+    """A page with its marked tables made anew."""
+    made = {"demo": demo(), "figures": figures(), "mixers": mixers(), "limits": limits()}
+    for name, table in made.items():
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S
         )
-    return readme
+    return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(fill(path.read_text("utf-8")), "utf-8")
+    for path in (ROOT / "README.md", ROOT / "docs" / "limits.md"):
+        path.write_text(fill(path.read_text("utf-8")), "utf-8")
