@@ -56,22 +56,22 @@ def recur(
     chunk: int | None = None,
 ) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V"]]:
     """`stepwise`, in chunks of at most `chunk` tokens: time and memory grow with T, and T = 1 is one step."""
-    length, channel = q.shape[2], decay is not None and decay.ndim == 4
+    length, channel = q.shape[2], False
     if length == 1:
         return stepwise(q, k, v, decay=decay, state=state)
-    if channel:
-        q, k = q.expand(decay.shape), k.expand(decay.shape)
+    if decay is not None and decay.ndim == 4:
+        q, k, channel = q.expand(decay.shape), k.expand(decay.shape), True
     size = _chunk_size(length, chunk or (SHORT if channel else CHUNK), channel)
     outputs = []
     for part in _runs(size, q, k, v, decay):
-        y, state = _run(*part, state, size)
+        y, state = _run(state, size, *part)
         outputs.append(y)
     assert state is not None  # there is a run
     return _joined(outputs, length), state
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, state: Tensor | None, size: int
+    state: Tensor | None, size: int, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     q, k, v = _chunks(q, size), _chunks(k, size), _chunks(v, size, copy=q.shape[1] == v.shape[1])
     if decay is None:
@@ -133,14 +133,14 @@ def delta(
     decay = beta.new_zeros(()).expand(beta.shape) if decay is None else decay
     outputs = []
     for part in _runs(size, q, k, v, beta, decay):
-        y, state = _delta_run(*(_chunks(t, size).to(_wide(v)) for t in part), state)
+        y, state = _delta_run(state, *(_chunks(t, size).to(_wide(v)) for t in part))
         outputs.append(y)
     assert state is not None  # there is a run
     return _joined(outputs, length).to(dtype), state
 
 
 def _delta_run(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor, state: Tensor | None
+    state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Tensor
 ) -> tuple[Tensor, Tensor]:
     within, since, until = _by_head(decay)
     beta = beta[..., None]
