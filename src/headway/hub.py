@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from headway import families, machine, models
 from headway.families import Published
+from headway.families._sentence import with_sentence
 from headway.generate.answers import Generation, answer_all
 from headway.generate.texts import generate, options, stream
 from headway.heads import HeadSpec
@@ -189,6 +190,7 @@ def _published(folder: Path, weights: Path, device: Any, dtype: str, heads: Mapp
     found = families.read(read_json(folder / "config.json", dict), str(folder / "config.json"))
     if (file := folder / "generation_config.json").is_file():
         found = found._replace(facts=families.with_generation(found.facts, read_json(file, dict), file))
+    found = found._replace(facts=with_sentence(found.facts, folder))
     tokenizer = None
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model",
                                                    "tokenizer.model", "sentencepiece.bpe.model")):  # fmt: skip
