@@ -1,0 +1,275 @@
+"""Fast linears for inference on a CPU: weights laid out once for oneDNN, or in int8 with a scale a channel and a token.
+
+They replace nn.Linear inside a loaded network; there is never a second model. The int8 one is
+y = s_x s_w (round(x H / s_x) round(W H / s_w)^T), with s_x a row's and s_w a channel's largest magnitude over 127.
+H mixes each 16 neighbouring channels (a Hadamard matrix, its own inverse): so outlier channels are spread before they
+are rounded, as in QuaRot (2404.00456), with nothing to calibrate. Per-token scales: LLM.int8 (2208.07339).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float, Int, Int8
+from torch import Tensor, nn
+
+WORTH = 2**16  # weights from which a packed product beats the overhead of its call
+MIX = 16  # channels that H mixes: SmolLM2's perplexity rises by 4.7, 0.8, 0.6% with 1, 16, 64; time grows with it
+CHUNK = 256  # rows quantized at a time, so that what lies between two operations stays in the cache
+TINY = 1e-30  # a row or channel of zeros has this scale
+
+
+def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = torch.float32, mix: int = MIX) -> None:
+    """Makes the linears of `net` fast for inference on this CPU, in place; each original is released as it goes.
+
+    quantize: None, or "int8" for weights and activations in 8 bits. dtype: float32 or bfloat16, of all parameters and
+    of what flows between the linears (buffers keep theirs). mix: how many channels a Hadamard matrix mixes before they
+    are rounded; 1 saves its time (5-15% of a long batch) and costs accuracy. Linears of under 65,536 weights stay. An
+    embedding whose table is also a linear's weight keeps working: it shares the memory in float32, has an int8 table
+    beside the packed one in int8, and its own copy in bfloat16 (where a packed head is twice as fast).
+    ValueError, before anything changes, where the machine lacks the engine or the network does not fit.
+    """
+    _check(net, quantize, dtype, mix)
+    net.requires_grad_(False).eval()
+    linears = [m for m in net.modules() if type(m) is nn.Linear and m.weight.numel() >= WORTH]
+    fast: dict[nn.Module, nn.Module] = {}
+    tables = {id(m.weight) for m in net.modules() if type(m) is nn.Embedding}
+    for parameter in net.parameters():
+        if quantize is None or not any(parameter is linear.weight for linear in linears):
+            parameter.data = parameter.data.to(dtype)
+    while linears:
+        linear = linears.pop()
+        tied = id(linear.weight) in tables
+        if quantize == "int8":
+            rounded, scales = round_weight(linear.weight, mix)
+            fast[linear] = Int8Linear(rounded, scales, linear.bias, dtype, mix)
+            for module in net.modules() if tied else ():
+                if type(module) is nn.Embedding and module.weight is linear.weight:
+                    fast[module] = Int8Embedding(rounded, scales, dtype, mix)
+        elif torch.backends.mkldnn.is_available():
+            fast[linear] = PackedLinear(linear.weight, linear.bias, share=tied and dtype == torch.float32)
+        _replace(net, fast)
+        fast.clear()
+    _give_back()
+
+
+def nbytes(net: nn.Module) -> int:
+    """Bytes that the weights of `net` take, prepared or not; what is shared counts once, buffers count too."""
+    held: dict[int, int] = {}
+    for module in net.modules():
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if isinstance(module, Prepared):
+            held[id(module)] = module.packed_bytes
+            tensors += module.tensors()
+        held |= {t.data_ptr() or id(t): t.nbytes for t in tensors}
+    return sum(held.values())
+
+
+class Prepared(nn.Module):
+    """What stands in for a linear or embedding. Packed for this machine only, so never saved or copied."""
+
+    packed_bytes = 0  # held in a layout that is no tensor
+
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.weight = torch.empty(
+            0, dtype=dtype
+        )  # mixers ask a weight for its dtype and device; there is no more of it
+
+    def tensors(self) -> list[Tensor]:
+        """The plain tensors it holds."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor) and not value.is_mkldnn]
+
+    def refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise ValueError(
+            f"{type(self).__name__}: prepared weights are packed for this machine and cannot be saved, loaded or"
+            " copied; use the network as it was before headway.quantize.prepare"
+        )
+
+    _save_to_state_dict = _load_from_state_dict = __getstate__ = refuse
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.weight.dtype}"
+
+
+class PackedLinear(Prepared):
+    """x W^T + b with W in the layout of oneDNN. weight: (outputs, inputs), float32 or bfloat16; bias: (outputs).
+
+    share: leave the weight as it is, because an embedding reads it too: as fast for one row, a third slower for eight.
+    A row's result is the same bits in any batch.
+    """
+
+    def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, share: bool = False) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], weight.dtype)
+        weight = weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.layout = weight if share else torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.packed_bytes = 0 if share else weight.nbytes
+        self.product = torch.ops.mkldnn._linear_pointwise.default
+
+    def forward(self, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
+        if x.requires_grad or x.dtype != self.weight.dtype:
+            raise ValueError(_unfit(x, self.weight.dtype))
+        return self.product(x, self.layout, self.bias, "none", [], "")
+
+
+class Int8Linear(Prepared):
+    """x W^T + b in 8 bits. rounded, scales: what `round_weight(W, mix)` gives; bias: (outputs); dtype: the network's.
+
+    Input in any floating type, answered in the same. A row's result does not depend on the others: exactly so among
+    batches of two rows or more; alone, a value on the edge between two roundings may fall to the other side (in one row
+    of a thousand, by 0.05% of the largest output).
+    """
+
+    def __init__(
+        self,
+        rounded: Int8[Tensor, "N K"],
+        scales: Float[Tensor, " N"],
+        bias: Float[Tensor, " N"] | None,
+        dtype: torch.dtype = torch.float32,
+        mix: int = MIX,
+    ) -> None:
+        outputs, inputs = rounded.shape
+        super().__init__(inputs, outputs, dtype)
+        self.bias = None if bias is None else bias.detach().float()
+        self.hadamard = hadamard(inputs, mix)
+        with _fbgemm():
+            zeros = torch.zeros(outputs, dtype=torch.long)
+            weight = torch._make_per_channel_quantized_tensor(rounded, scales.double(), zeros, 0)
+            self.packed = torch.ops.quantized.linear_prepack(weight, None)
+        # FBGEMM: rounds x / scale to whole numbers, multiplies, and answers in float32
+        self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        self.packed_bytes = rounded.nbytes + 3 * scales.nbytes  # beside weights: scales, zero points, sums of columns
+
+    def forward(self, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
+        if x.requires_grad:
+            raise ValueError(_unfit(x, self.weight.dtype))
+        rows = x.reshape(-1, self.in_features).float()
+        if len(rows) == 1:
+            y = self._one(rows)
+        elif len(rows) <= CHUNK:
+            y = self._some(rows)
+        else:
+            y = rows.new_empty(len(rows), self.out_features)
+            for part, out in zip(rows.split(CHUNK), y.split(CHUNK), strict=True):
+                out.copy_(self._some(part))
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def _one(self, row: Float[Tensor, "1 K"]) -> Float[Tensor, "1 N"]:
+        """The scale goes in as a number: half the operations, and one row is bound by their overhead."""
+        row = blockwise(row, self.hadamard)
+        least, most = torch.aminmax(row)
+        y = self.product(row, max(most.item(), -least.item(), TINY) / 127, 128, self.packed)
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _some(self, rows: Float[Tensor, "R K"]) -> Float[Tensor, "R N"]:
+        rows = blockwise(rows, self.hadamard)
+        scale = rows.abs().amax(-1, keepdim=True).div_(127).clamp_min_(TINY)
+        y = self.product(rows * scale.reciprocal(), 1.0, 128, self.packed).mul_(scale)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class Int8Embedding(Prepared):
+    """Looks rows up in the int8 table of a tied head. rounded, scales: what `round_weight(table, mix)` gives."""
+
+    def __init__(
+        self, rounded: Int8[Tensor, "V C"], scales: Float[Tensor, " V"], dtype: torch.dtype, mix: int = MIX
+    ) -> None:
+        super().__init__(rounded.shape[0], rounded.shape[1], dtype)
+        self.rounded, self.scales = rounded, scales[:, None]
+        self.hadamard = hadamard(rounded.shape[1], mix)
+
+    def forward(self, ids: Int[Tensor, "*S"]) -> Float[Tensor, "*S C"]:
+        rows = self.rounded[ids] * self.scales[ids]
+        return blockwise(rows, self.hadamard).to(self.weight.dtype)
+
+
+def round_weight(weight: Float[Tensor, "N K"], mix: int = MIX) -> tuple[Int8[Tensor, "N K"], Float[Tensor, " N"]]:
+    """W H in whole numbers from -127 to 127, and the scale of each output channel. Needs little memory beside."""
+    rounded = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(len(weight))
+    mixing = hadamard(weight.shape[1], mix)
+    for start in range(0, len(weight), 4096):
+        part = slice(start, start + 4096)
+        rows = blockwise(weight.detach()[part].float(), mixing)
+        scales[part] = rows.abs().amax(1).div_(127).clamp_min_(TINY)
+        rounded[part] = (rows / scales[part, None]).round_().to(torch.int8)
+    return rounded, scales
+
+
+def hadamard(width: int, mix: int = MIX) -> Float[Tensor, "M M"]:
+    """The symmetric Hadamard matrix over sqrt(M), which is its own inverse; M is the largest power of two in both."""
+    size = min(width & -width, mix)
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
+
+
+def blockwise(x: Float[Tensor, "*S K"], matrix: Float[Tensor, "M M"]) -> Float[Tensor, "*S K"]:
+    """Multiplies each M neighbouring channels by the matrix."""
+    return x if len(matrix) == 1 else torch.mm(x.reshape(-1, len(matrix)), matrix).view(x.shape)
+
+
+@contextmanager
+def _fbgemm() -> Iterator[None]:
+    """Packing asks a global which engine to pack for, and warns that quantized tensors will go some day."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "fbgemm"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*quantized tensor creation", UserWarning)
+            yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def _replace(net: nn.Module, fast: dict[nn.Module, nn.Module]) -> None:
+    """Puts each module's replacement wherever it stands, also where one stands at several places."""
+    for parent in list(net.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in fast:
+                setattr(parent, name, fast[child])
+
+
+def _give_back() -> None:
+    """Hands freed weights back to the system: glibc keeps them otherwise (of 363 MB, 322 stayed, not 129)."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _check(net: nn.Module, quantize: str | None, dtype: torch.dtype, mix: int) -> None:
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize is None or 'int8', not {quantize!r}")
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"fast linears compute in torch.float32 or torch.bfloat16, not {dtype}; choose one of the two")
+    if mix < 1 or mix & (mix - 1):
+        raise ValueError(f"mix is a power of two (1 mixes nothing), not {mix}")
+    if type(net) in (nn.Linear, nn.Embedding):
+        raise ValueError(f"prepare replaces what lies inside a network; this is a lone {type(net).__name__}: wrap it")
+    for name, parameter in net.named_parameters():
+        if parameter.device.type != "cpu" or not parameter.is_floating_point():
+            what = f"{name} is {parameter.dtype} on {parameter.device}"
+            raise ValueError(
+                f"fast linears are for floating-point weights on a CPU, but {what}; move it, or leave it as is"
+            )
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise ValueError("this CPU has no bfloat16 arithmetic (it takes AVX-512): use dtype=torch.float32")
+    if quantize and "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise ValueError("quantize='int8' runs on FBGEMM, which this build of PyTorch lacks: use quantize=None")
+    if quantize and not torch.cpu._is_vnni_supported():
+        raise ValueError("quantize='int8' needs a CPU with VNNI (without it, 8-bit sums overflow): use quantize=None")
+
+
+def _unfit(x: Tensor, dtype: torch.dtype) -> str:
+    if x.requires_grad:
+        return "a prepared network has no gradients: run it under torch.inference_mode(), or train the original"
+    return f"this network was prepared for {dtype} and got {x.dtype}: convert the input, or prepare it for that dtype"
