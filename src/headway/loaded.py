@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,8 +32,9 @@ class Facts(Strict, frozen=True):
     `eos` may be several. start: what a decoder begins with; forced_bos, forced_eos: what it must write first, and last.
     bad: ids that are never written. pooling: how `embed` makes one vector of many ("mean", "first", "last", "pool" for
     the head of that name); normalize: whether it is scaled to length one. prefixes: what inputs begin with, by task.
-    generation: the checkpoint's own defaults. lowercase: it learned from lower case alone. original: harmless fields of
-    the configuration it came with, for the way back.
+    generation: the checkpoint's own defaults. globals: the tokens that see and are seen by all (2004.05150) in the task
+    of a head, or to "generate": the first one, or all before the first with this id. lowercase: it learned from lower
+    case alone. original: harmless fields of the configuration it came with, for the way back.
     """
 
     family: str = ""
@@ -50,6 +51,7 @@ class Facts(Strict, frozen=True):
     normalize: bool = False
     prefixes: dict[str, str] = {}
     generation: dict[str, Any] = {}
+    globals: dict[str, Literal["first"] | int] = {}
     lowercase: bool = False
     original: dict[str, Any] = {}
 
@@ -199,7 +201,10 @@ class Loaded:
         target: Int[Tensor, "B U"] | None = None,
         mask: Mask | None = None,
     ) -> Float[Tensor, "B *T O"]:
-        """What a head (the only one, or "lm") makes of texts, ids or pixels. An encoder-decoder also needs `target`."""
+        """What a head (the only one, or "lm") makes of texts, ids or pixels. An encoder-decoder also needs `target`.
+
+        Without a `mask`, an encoder's tokens are global as the head's task would have it (`Facts.globals`).
+        """
         if isinstance(self.net, seq2seq.Model):
             if target is None:
                 raise ValueError("the logits of an encoder-decoder are of target ids: pass target=")
@@ -210,7 +215,24 @@ class Loaded:
         if self.kind == "vision":
             return self.net.head(name, self.net(inputs))
         given = self._given(inputs, valid)
+        mask = self.global_tokens(name, given) if mask is None else mask
         return self.net.head(name, self.hidden(given, mask=mask), given.ids, given.valid)
+
+    def global_tokens(self, task: str, given: Inputs) -> Mask | None:
+        """The mask that makes tokens global as `Facts.globals` has it for a task; None where it says nothing."""
+        rule = self.facts.globals.get(task)
+        if rule is None:
+            return None
+        if rule == "first":
+            return Mask(window=(None, None), globals=torch.ones_like(given.ids[:, :1], dtype=torch.bool))
+        there = torch.ones_like(given.ids, dtype=torch.bool) if given.valid is None else given.valid
+        ends = given.ids.eq(rule) & there
+        if not bool(ends.any(1).all()):
+            row = int(ends.any(1).int().argmin())
+            raise ValueError(f"row {row} has no separator (id {rule}) behind its question, whose tokens are global in "
+                             f"'{task}': give question and context, or say which are with mask=")  # fmt: skip
+        length = (ends.cumsum(1).eq(0) & there).sum(1, keepdim=True)
+        return Mask(window=(None, None), globals=torch.arange(ends.shape[1], device=length.device) < length)
 
     def only_head(self) -> str:
         """The head that is meant where none is named."""

@@ -79,7 +79,7 @@ class _Seq2Seq:
         if start is None:
             raise ValueError("this encoder-decoder does not say what its answers begin with: set facts.start")
         inputs = model.batch(rows)
-        self.memory = self.net.encode(inputs.ids, inputs.valid)
+        self.memory = self.net.encode(inputs.ids, inputs.valid, model.global_tokens("generate", inputs))
         self.state = self.net.init_state(len(rows), room + 1)
         self.step = step_of(self.net, self.memory, self.state)
         self.begin = inputs.ids.new_full((len(rows),), start)

@@ -34,23 +34,13 @@ HIDDEN = 200.0  # minus its square is added to a score that must not count: with
 def reference(
     mixer: Longformer, x: Float[Tensor, "B T C"], mask: Mask, pos: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T C"]:
-    """The definition, over all pairs of tokens, a head at a time."""
-    is_global = torch.zeros_like(pos, dtype=torch.bool) if mask.globals is None else mask.is_global(pos)
-    step = pos[:, None, :] - pos[:, :, None]  # B T S
-    left, right = mixer.window
-    own = mixer.project(x, pos)
-    of_globals = own if mixer.global_query is None else mixer.project_global(x, pos, x, pos)
-    heads = []
-    for head, every in enumerate(mixer.dilations):
-        near = (step % every == 0) & (step >= -left * every) & (step <= right * every)
-        allowed = mask.allows(pos, pos) & (near | is_global[:, :, None] | is_global[:, None, :])
-        seen = []
-        for q, k, v in (own, of_globals):
-            scores = q[:, head] @ k[:, head].mT * mixer.head_dim**-0.5
-            shares = scores.masked_fill(~allowed, torch.finfo(x.dtype).min).softmax(-1) * allowed
-            seen.append(shares @ v[:, head])
-        heads.append(torch.where(is_global[..., None], seen[1], seen[0]))
-    return mixer.out(torch.cat(heads, -1))
+    """The definition, over all pairs of tokens."""
+    shares, v = mixer.map(x, mask=mask, pos=pos), mixer.project(x, pos)[2]
+    y = shares @ v
+    if mask.globals is not None and mixer.global_query is not None:
+        is_global = mask.is_global(pos)[:, None, :, None]
+        y = torch.where(is_global, shares @ mixer.project_global(x, pos, x, pos)[2], y)
+    return mixer._leave(y)
 
 
 class Longformer(Mixer):
@@ -132,6 +122,24 @@ class Longformer(Mixer):
                 q = _take(q.transpose(1, 2), slots.at).transpose(1, 2)
             y = _with_global_rows(y, q, k, v, mask, slots)
         return self._leave(y)
+
+    def map(self, x: Float[Tensor, "B T C"], *, mask: Mask, pos: Int[Tensor, "B T"]) -> Float[Tensor, "B H T S"]:
+        """Who looks at whom, by the definition, a head at a time; the rows of tokens that see any sum to one."""
+        is_global = torch.zeros_like(pos, dtype=torch.bool) if mask.globals is None else mask.is_global(pos)
+        step, (left, right) = pos[:, None, :] - pos[:, :, None], self.window  # B T S
+        q, k, _ = self.project(x, pos)
+        own = (q @ k.mT).unbind(1)
+        of_globals = own
+        if self.global_query is not None:
+            q, k, _ = self.project_global(x, pos, x, pos)
+            of_globals = (q @ k.mT).unbind(1)
+        heads = []
+        for near, far, every in zip(own, of_globals, self.dilations, strict=True):
+            reached = (step % every == 0) & (step >= -left * every) & (step <= right * every)
+            allowed = mask.allows(pos, pos) & (reached | is_global[:, :, None] | is_global[:, None, :])
+            scores = torch.where(is_global[..., None], far, near) * self.head_dim**-0.5
+            heads.append(scores.masked_fill(~allowed, torch.finfo(x.dtype).min).softmax(-1) * allowed)
+        return torch.stack(heads, 1)
 
     def project(
         self, x: Float[Tensor, "B T C"], pos: Int[Tensor, "B T"]
