@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headway.block import reorder
+from headway.generate.decode import step_of as step_of_decoder
 from headway.generate.step import step_of
 from headway.loaded import Loaded
 from headway.models import decoder, seq2seq
@@ -58,17 +59,19 @@ class _Decoder:
         pos = torch.arange(self.longest, device=self.ids.device) - (self.longest - self.lengths)[:, None]
         valid = pos >= 0 if self.padded else None
         x = self.net(self.ids, valid, pos=pos.clamp(min=-1), state=self.state)
+        self.step = step_of_decoder(self.net, self.state, len(self.lengths))
         return self.head(x[:, -1:])[:, 0]
 
     @torch.inference_mode()
     def next(self, ids: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-        x = self.net(ids[:, None], pos=self.lengths[:, None], state=self.state)
+        x = self.step(ids[:, None], self.lengths[:, None])
         self.lengths = self.lengths + 1
         return self.head(x)[:, 0]
 
     def keep(self, rows: Int[Tensor, " R"]) -> None:
         reorder(self.state, rows)
         self.lengths = self.lengths[rows]
+        self.step = step_of_decoder(self.net, self.state, len(rows))
 
 
 class _Seq2Seq:
