@@ -32,12 +32,18 @@ def oracle(case: tuple[str, int]) -> Any:
     made._attn_implementation = "eager"
     torch.manual_seed(0)
     model = getattr(transformers, config["architectures"][0])(made).eval()
+    if config.get("tie_word_embeddings") is False and hasattr(model, "lm_head"):  # as in the files of T5 v1.1
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue  # a table that is computed
             if parameter.ndim > 1:
                 parameter.normal_(std=0.25 if "embed" not in name else 0.6)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.normal_()
     return model
 
 

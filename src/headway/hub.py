@@ -224,6 +224,8 @@ def build(
     heads: Mapping[str, Any] | None,
 ) -> Loaded:
     """A published checkpoint's model, filled tensor by tensor."""
+    if why := getattr(families.family(found.facts.family), "REFUSES", {}).get(dtype):
+        raise ValueError(f"{where}: {why}")
     spec = _with_heads(found.spec, heads)
     with blank():
         net = models.assemble(spec)

@@ -35,7 +35,9 @@ class Positions(nn.Module):
     def rotate(self, x: Float[Tensor, "B H T D"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B H T D"]:
         return x
 
-    def bias(self, heads: int, q_pos: Int[Tensor, "B T"], k_pos: Int[Tensor, "B S"]) -> Float[Tensor, "B H T S"] | None:
+    def bias(
+        self, heads: int, q_pos: Int[Tensor, "B T"], k_pos: Int[Tensor, "B S"]
+    ) -> Float[Tensor, "#B H T S"] | None:
         return None
 
 
@@ -124,13 +126,16 @@ class Buckets(Positions):
     def inside(self) -> Positions:
         return Borrowed(self)
 
-    def bias(self, heads: int, q_pos: Int[Tensor, "B T"], k_pos: Int[Tensor, "B S"]) -> Float[Tensor, "B H T S"]:
+    def bias(self, heads: int, q_pos: Int[Tensor, "B T"], k_pos: Int[Tensor, "B S"]) -> Float[Tensor, "#B H T S"]:
         if heads != self.table.embedding_dim:
             raise ValueError(f"buckets: a bias for {self.table.embedding_dim} heads, and this layer has {heads}")
         kept = self._kept
         if kept is None or kept[0] is not q_pos or kept[1] is not k_pos:  # the layers of a call ask alike
-            kept = self._kept = (q_pos, k_pos, self._bucket(k_pos[:, None, :] - q_pos[:, :, None]))
-        return self.table(kept[2]).permute(0, 3, 1, 2)
+            one = q_pos.stride(0) == k_pos.stride(0) == 0  # rows that are one row expanded share a bias
+            q, k = (q_pos[:1], k_pos[:1]) if one else (q_pos, k_pos)
+            kept = self._kept = (q_pos, k_pos, self._bucket(k[:, None, :] - q[:, :, None]))
+        by_head = self.table.weight.T.contiguous()  # so that each head's bias is a matrix, as kernels read it
+        return by_head.index_select(1, kept[2].flatten()).unflatten(1, kept[2].shape).transpose(0, 1)
 
     def _bucket(self, step: Int[Tensor, "B T S"]) -> Int[Tensor, "B T S"]:
         """Half of the buckets hold one distance each, the other half grow by a constant factor up to `distance`."""
@@ -158,7 +163,9 @@ class Borrowed(Positions):
     def rotate(self, x: Float[Tensor, "B H T D"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B H T D"]:
         return self._owner[0].rotate(x, pos)
 
-    def bias(self, heads: int, q_pos: Int[Tensor, "B T"], k_pos: Int[Tensor, "B S"]) -> Float[Tensor, "B H T S"] | None:
+    def bias(
+        self, heads: int, q_pos: Int[Tensor, "B T"], k_pos: Int[Tensor, "B S"]
+    ) -> Float[Tensor, "#B H T S"] | None:
         return self._owner[0].bias(heads, q_pos, k_pos)
 
 

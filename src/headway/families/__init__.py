@@ -2,7 +2,8 @@
 
 Each file defines TYPES, the `model_type`s that it reads; `read(config) -> Published`, strict about every field that
 changes the maths; `write(spec, facts) -> dict`, the configuration back; and `tiny() -> list[dict]`, small random
-configurations that the parity tests draw from. Weights go through `Rule`s, both ways.
+configurations that the parity tests draw from; REFUSES, where it has one, says why a dtype would go wrong.
+Weights go through `Rule`s, both ways.
 """
 
 from __future__ import annotations

@@ -36,21 +36,24 @@ def step_of(model: Model, memory: Memory, state: States) -> Mix:
     decoder = model.decoder if type(model) is Model else None
     if type(decoder) is not Stack or _watched(model) or _watched(decoder):
         return lambda last, pos: model.decode(last, memory, pos=pos, state=state)
-    embed = _bare(model.target) if model.embed_scale == 1 else model.embed_target
-    head, place = _bare(model.head) if model.logit_scale == 1 else model.head_of, decoder.positions.embed
+    embed, head, place = _bare(model.target), _bare(model.head), decoder.positions.embed
+    enter = embed if model.embed_scale == 1 else lambda ids: embed(ids) * model.embed_scale
+    leave = head if model.logit_scale == 1 else lambda x: head(x * model.logit_scale)
     first, drop, norm = _bare(decoder.first_norm), _bare(decoder.dropout), _bare(decoder.norm)
-    blocks = [_block(block, memory, kept) for block, kept in zip(decoder.blocks, state, strict=True)]
+    biases: dict[int, Tensor] = {}  # of this step, by how many heads: all layers stand where the others do
+    blocks = [_block(block, memory, kept, biases) for block, kept in zip(decoder.blocks, state, strict=True)]
 
     def step(last: Tensor, pos: Tensor) -> Tensor:
-        x = drop(first(place(embed(last), pos)))
+        biases.clear()
+        x = drop(first(place(enter(last), pos)))
         for block in blocks:
             x = block(x, pos)
-        return head(norm(x))
+        return leave(norm(x))
 
     return step
 
 
-def _block(block: Block, memory: Memory, state: tuple[State | None, State | None]) -> Mix:
+def _block(block: Block, memory: Memory, state: tuple[State | None, State | None], biases: dict[int, Tensor]) -> Mix:
     mixer, cross, feedforward = block.mixer, block.cross, block.feedforward
     parts = [part for part in (mixer, cross, feedforward) if part is not None]
     mask = Mask(valid=memory.valid)
@@ -58,7 +61,7 @@ def _block(block: Block, memory: Memory, state: tuple[State | None, State | None
         return lambda x, pos: block(x, mask=CAUSAL, pos=pos, state=state, context=memory.x, context_mask=mask)
     chain = []
     if mixer is not None:
-        chain.append(_residual(mixer, _own(mixer.inner, state[0], memory)))
+        chain.append(_residual(mixer, _own(mixer.inner, state[0], memory, biases)))
     if cross is not None:
         chain.append(_residual(cross, _cross(cross.inner, state[1], memory, mask)))
     if feedforward is not None:
@@ -78,20 +81,24 @@ def _residual(part: Residual, mix: Mix) -> Mix:
     return lambda x, pos: after(x + drop(behind(mix(before(x), pos))))
 
 
-def _own(mixer: nn.Module, state: State | None, memory: Memory) -> Mix:
+def _own(mixer: nn.Module, state: State | None, memory: Memory, biases: dict[int, Tensor]) -> Mix:
     """The mixer of the tokens themselves. The newest of them sees all that came before, so that no mask is needed."""
-    if not isinstance(mixer, Attention) or type(state) is not KeyValue or state.padded or not _plain(mixer, memory.x):
+    known = isinstance(mixer, Attention) and _plain(mixer, memory.x, biased=True)
+    if not isinstance(mixer, Attention) or type(state) is not KeyValue or state.padded or not known:
         return lambda h, pos: mixer(h, mask=CAUSAL, pos=pos, state=state)
     query, key_value, out = (_bare(m) for m in (mixer.query, mixer.key_value, mixer.out))
     query_norm, key_norm, rotate = _bare(mixer.query_norm), _bare(mixer.key_norm), mixer.positions.rotate
     heads, kv_heads, width, grouped = mixer.heads, mixer.kv_heads, mixer.head_dim, mixer.heads != mixer.kv_heads
+    positions, biased, scale = mixer.positions, mixer.positions.biases, mixer.scale
 
     def mix(h: Tensor, pos: Tensor) -> Tensor:
         rows = h.shape[0]
         q = rotate(query_norm(query(h).view(rows, heads, 1, width)), pos)
         k, v = key_value(h).view(rows, 2, kv_heads, 1, width).unbind(1)
-        k, v, _ = state.append(rotate(key_norm(k), pos), v, pos, padded=False)
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        k, v, k_pos = state.append(rotate(key_norm(k), pos), v, pos, padded=False)
+        if biased and heads not in biases:
+            biases[heads] = positions.bias(heads, pos, k_pos).to(q.dtype)  # type: ignore[union-attr]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=biases.get(heads), scale=scale, enable_gqa=grouped)
         return out(y.reshape(rows, 1, heads * width))
 
     return mix
@@ -106,7 +113,7 @@ def _cross(mixer: nn.Module, state: State | None, memory: Memory, mask: Mask) ->
     if not isinstance(mixer, Attention) or type(state) is not Cross or not _plain(mixer, memory.x, mask):
         return module
     query, query_norm, out = _bare(mixer.query), _bare(mixer.query_norm), _bare(mixer.out)
-    heads, width, grouped = mixer.heads, mixer.head_dim, mixer.heads != mixer.kv_heads
+    heads, width, grouped, scale = mixer.heads, mixer.head_dim, mixer.heads != mixer.kv_heads, mixer.scale
     seen = None if memory.valid is None else memory.valid[:, None, None]  # B 1 1 S
     kept: tuple[Tensor, ...] = ()
 
@@ -118,24 +125,28 @@ def _cross(mixer: nn.Module, state: State | None, memory: Memory, mask: Mask) ->
             kept = state.kept if seen is None else tuple(t.masked_fill(~seen.mT, 0.0) for t in state.kept)
         rows, (k, v) = h.shape[0], kept
         q = query_norm(query(h).view(rows, heads, 1, width))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
         return out(y.reshape(rows, 1, heads * width))
 
     return mix
 
 
-def _plain(mixer: Attention, x: Tensor, mask: Mask = FULL) -> bool:
-    """Whether one query over the tokens `x` is projections around PyTorch's kernel, and `attend` would take that."""
+def _plain(mixer: Attention, x: Tensor, mask: Mask = FULL, *, biased: bool = False) -> bool:
+    """Whether one query over the tokens `x` is projections around PyTorch's kernel, and `attend` would take that.
+
+    `biased`: the caller adds the bias of its positions; `mixer.scale` is the caller's to pass in any case.
+    """
     if type(mixer) is not Attention or _watched(mixer) or mixer.softcap is not None or mixer.local.window is not None:
         return False
-    if mixer.positions.biases or mixer.scale is not None:
+    if mixer.positions.biases and not biased:
         return False
     if mask.valid is not None and not bool(mask.valid.any(1).all()):
         return False  # a row that sees nothing gives zeros
     rows, keys = x.shape[:2]
     none = mixer.query.weight.new_empty(1)
     q, k = none.expand(rows, mixer.heads, 1, mixer.head_dim), none.expand(rows, mixer.kv_heads, keys, mixer.head_dim)
-    return explain(q, k, k, mask).startswith("sdpa")
+    bias = none.expand(1, mixer.heads, 1, keys) if mixer.positions.biases else None
+    return explain(q, k, k, mask, bias=bias).startswith("sdpa")
 
 
 def _bare(module: nn.Module) -> Apply:
@@ -152,9 +163,18 @@ def _bare(module: nn.Module) -> Apply:
     if isinstance(module, nn.LayerNorm) and kind is nn.LayerNorm:
         shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
         return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
-    if isinstance(module, FeedForward) and kind is FeedForward and not module.gated:
+    if isinstance(module, nn.RMSNorm) and kind is nn.RMSNorm:
+        return partial(torch.rms_norm, normalized_shape=module.normalized_shape, weight=module.weight, eps=module.eps)
+    if isinstance(module, FeedForward) and kind is FeedForward:
         enter, leave, name = _bare(module.enter), _bare(module.leave), module.activation
-        return lambda x: leave(activate(enter(x), name))
+        if not module.gated:
+            return lambda x: leave(activate(enter(x), name))
+
+        def gated(x: Tensor) -> Tensor:
+            gate, h = enter(x).chunk(2, -1)
+            return leave(activate(gate, name) * h)
+
+        return gated
     return module
 
 

@@ -37,7 +37,14 @@ def run(
     dropout: float,
 ) -> Tensor:
     grouped, unfused = q.shape[1] != k.shape[1], _slow_back(q, k, v) and not dropout
-    if free(mask, q_pos is not None or k_pos is not None, bias is not None):
+    positions = q_pos is not None or k_pos is not None
+    if bias is not None and not mask.causal and free(mask, positions, False):  # it hides nothing
+        if unfused:
+            return _unfused(q, k, v, bias.to(q.dtype), scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout, scale=scale, enable_gqa=grouped
+        )
+    if free(mask, positions, bias is not None):
         if unfused:
             seen = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if mask.causal else None
             return _unfused(q, k, v, seen, scale)
