@@ -20,7 +20,7 @@ WINDOWED = [case for case in WRITERS if any(b["mixer"].get("window") for b in SP
 
 
 def stream(net: decoder.Model, ids: Tensor, valid: Tensor | None, new: int, chunk: int) -> tuple[Tensor, Tensor, list]:
-    """The new tokens, the logits they were chosen by, and the states: a prompt `chunk` tokens at a time, then singly."""
+    """The new tokens, the logits they were chosen by, the states: the prompt `chunk` tokens at a time, then singly."""
     rows, length = ids.shape
     state = net.init_state(rows, length + new)
     pos = positions_of(valid, rows, length, ids.device)

@@ -28,7 +28,8 @@ HARMLESS = frozenset(
     initializer_range label2id model_type output_attentions output_hidden_states problem_type return_dict
     task_specific_params tokenizer_class torch_dtype transformers_version use_cache _attn_implementation
     attn_implementation sep_token_id cls_token_id mask_token_id pretraining_tp id2label num_labels
-    return_dict_in_generate finetuning_task output_past""".split()  # noqa: SIM905
+    return_dict_in_generate finetuning_task output_past _num_labels
+    transformers.js_config""".split()  # noqa: SIM905
 )
 
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu", "gelu_new": "gelu_tanh",
@@ -89,7 +90,7 @@ class Config:
         """A field that changes the maths, and of which Headway knows the values `allowed`; absent is right too."""
         self.read.add(name)
         if (value := self.data.get(name)) is not None and value not in allowed:
-            known = " or ".join(repr(a) for a in allowed)
+            known = " or ".join(repr(a) for a in allowed) or "none"
             raise ValueError(f"{self.where}: '{name}' is {value!r}, which changes the result; Headway knows {known}")
 
     def choose(self, name: str, table: dict[str, Any], default: str) -> Any:

@@ -18,7 +18,8 @@ LLAMA3 = {"low": "low_freq_factor", "high": "high_freq_factor", "trained": "orig
 
 def read(config: Config) -> Published:
     kind = config.take("model_type")
-    config.ignore("attention_dropout", "classifier_dropout", "max_window_layers")
+    config.expect("rope_interleaved", False)
+    config.ignore("attention_dropout", "classifier_dropout", "max_window_layers", "is_llama_config")
     width, vocab, depth = config.size("hidden_size"), config.size("vocab_size"), config.size("num_hidden_layers")
     length = config.size("max_position_embeddings", 32768 if "qwen" in kind else 2048 if kind == "llama" else 131072)
     eps = config.take("rms_norm_eps", 1e-6, float)
