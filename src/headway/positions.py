@@ -204,7 +204,7 @@ def positions_of(valid: Tensor | None, rows: int, length: int, device: torch.dev
 
 
 def _rates(width: int, base: float) -> Tensor:
-    return torch.exp(torch.arange(0, width, 2).float() * (-math.log(base) / width))
+    return 1.0 / base ** (torch.arange(0, width, 2).float() / width)  # by exp and log, ten times less exact in fp32
 
 
 def _scaled(rates: Tensor, scaling: RotaryScaling | None) -> Tensor:
