@@ -55,6 +55,8 @@ class Learned(Positions):
 
     def embed(self, x: Float[Tensor, "B T C"], pos: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
         tokens, length = x.shape[1], self.length
+        if tokens > length:  # packed sequences may be longer together than one may be
+            tokens = int(pos.max()) + 1
         try:
             if tokens <= length:
                 return x + self.table(pos.clamp(min=0) + self.offset if self.offset else pos.clamp(min=0))

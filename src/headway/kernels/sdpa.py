@@ -1,4 +1,7 @@
-"""PyTorch's fused kernels; the mask is lowered to nothing, to `is_causal`, or to a dense boolean of B x T x S."""
+"""PyTorch's fused kernels; the mask is lowered to nothing, to `is_causal`, or to a dense boolean of B x T x S.
+
+Packed sequences are taken one by one on a CPU, so that none pays for its neighbours (`_packed`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headway.kernels import Call, places
+from headway.kernels import Call, _packed, places
 from headway.mask import Mask
 
 SHORT = 128  # queries, and keys, up to which three products beat the fused way back in bf16
@@ -19,6 +22,8 @@ def refuses(call: Call) -> str:
 def pays(call: Call) -> str:
     if free(call.mask, call.positions, call.bias):
         return "is_causal, queries and keys start together" if call.mask.causal else "no mask is needed"
+    if _packed.fits(call.mask, call.queries, call.keys, call.bias, call.device):
+        return "packed sequences one by one, where each stands in one piece"
     asked = call.mask.facts - {"bidirectional"}
     asked |= {name for name in ("positions", "bias") if getattr(call, name)}
     return f"the mask is lowered to a dense one of {call.queries} x {call.keys}, because of {', '.join(sorted(asked))}"
@@ -51,6 +56,9 @@ def run(
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=mask.causal, scale=scale, enable_gqa=grouped
         )
+    packed = not unfused and _packed.fits(mask, q.shape[2], k.shape[2], bias is not None, q.device.type)
+    if packed and (lengths := _packed.lengths(mask, q_pos, k_pos, q.shape[0])) is not None:
+        return _packed.run(q, k, v, mask.causal, lengths, scale, dropout)
     allowed = mask.allows(*places(q, k, q_pos, k_pos))[:, None]  # B 1 T S, or B 1 1 S where queries do not differ
     unseen = ~allowed.any(-2)[..., None]
     k, v = (t.masked_fill(unseen, 0.0) for t in (k, v))
