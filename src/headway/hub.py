@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from headway import families, machine, models
@@ -26,6 +27,12 @@ from headway.spec import convert
 from headway.store import check_fit, read_folder, read_json
 from headway.text import Tokenizer
 from headway.transfer import blank, fill, published
+from headway.use.answer import Answer, answer
+from headway.use.classify import TEMPLATE, Classified, Span, classify
+from headway.use.embed import embed
+from headway.use.fill import Filled
+from headway.use.fill import fill as fill_gaps
+from headway.use.passes import Watch
 from headway.vocabulary import PublishedTokenizer
 from headway.weights import open_weights, write_shards
 
@@ -75,7 +82,62 @@ class Loaded(Bare):
 
     def stream(self, prompt: Any, *, chat: bool = False, task: str | None = None, **given: Any) -> Iterator[str]:
         """The text of one prompt in pieces, as it is written; `given` are `generate`'s options."""
-        return stream(self, prompt, options(given), chat=chat, task=task)
+        how = options(given)
+        return stream(self, prompt, how, chat=chat, task=task)
+
+    def embed(
+        self,
+        inputs: Iterable[Any],
+        *,
+        batch_tokens: int | None = None,
+        normalize: bool | None = None,
+        pooling: str | None = None,
+        task: str | None = None,
+        truncate: bool = False,
+        watch: Watch | None = None,
+    ) -> Float[Tensor, "N C"]:
+        """A vector for each text or picture, in float32, in the order given; batching changes nothing.
+
+        Pooling ("mean", "first", "last" or a head that pools) and scaling to length one are as the checkpoint says,
+        unless said here. Texts are str; of a model with two towers, all else is a picture (a Path, bytes, a PIL image).
+        `task` puts the checkpoint's prefix for it ("query") before each text.
+        What is longer than the model takes is an error, or cut where `truncate`. `watch(done, total)` hears of
+        progress, in tokens or pictures. `headway embed` does the same for files larger than memory.
+        """
+        return embed(self, inputs, batch_tokens=batch_tokens, normalize=normalize, pooling=pooling, task=task,
+                         truncate=truncate, watch=watch)  # fmt: skip
+
+    def fill(self, text: str, *, top: int = 5) -> list[list[Filled]]:
+        """The `top` likeliest fillings of each gap in a text, in order: "Paris is the [MASK] of France".
+
+        A gap is written as this tokenizer spells its mask. Several are filled independently, none seeing another.
+        """
+        return fill_gaps(self, text, top=top)
+
+    def classify(
+        self,
+        inputs: Iterable[Any],
+        labels: Sequence[str] | None = None,
+        *,
+        top: int | None = None,
+        template: str = TEMPLATE,
+        truncate: bool = False,
+        watch: Watch | None = None,
+    ) -> list[Classified] | list[list[Span]]:
+        """Labels of texts or pictures by the head "classify", or spans of labelled words by the head "tokens".
+
+        A model with two towers tells pictures apart by `labels` of yours, each put into `template`. `top`: how many
+        labels to give probabilities of. Probabilities add up to one, unless several labels may hold (`problem_type`).
+        """
+        return classify(self, inputs, labels, top=top, template=template, truncate=truncate, watch=watch)
+
+    def answer(self, question: str, context: str, *, top: int = 1, stride: int = 128, max_answer: int = 30) -> Answer:
+        """The span of `context` that answers the question, at most `max_answer` tokens; `.others` has the next best.
+
+        A context longer than the model takes is read in windows that overlap by `stride` tokens. `score` is the span's
+        probability in its window; `no_answer_probability` the least that any window gives to there being none.
+        """
+        return answer(self, question, context, top=top, stride=stride, max_answer=max_answer)
 
     def save(self, folder: str | Path, format: Literal["headway", "transformers"] = "headway") -> None:
         """Writes the model as a folder, atomically: Headway's own, or one that transformers loads."""

@@ -141,17 +141,21 @@ class Loaded:
         What is longer than the model takes is an error, or cut at its end where `truncate` asks for it.
         """
         found = [self.tokenizer.encode(text, None if pairs is None else pairs[i]) for i, text in enumerate(texts)]
-        limit = self.max_tokens
-        rows, types = [e.ids for e in found], [e.types for e in found]
-        for i, row in enumerate(rows):
-            if not row:
-                raise ValueError(f"text {i} is empty: give at least one character")
-            if limit is not None and len(row) > limit:
-                if not truncate:
-                    self.check_length(len(row), texts[i])
-                closing = row[-1:] if row[-1] in (self.tokenizer.sep, self.tokenizer.eos) else []
-                rows[i], types[i] = row[: limit - len(closing)] + closing, types[i][:limit]
+        fitted = [self.fitted(e.ids, e.types, text, truncate) for e, text in zip(found, texts, strict=True)]
+        rows, types = [ids for ids, _ in fitted], [kinds for _, kinds in fitted]
         return self.batch(rows, types)
+
+    def fitted(self, ids: list[int], types: list[int], text: str, truncate: bool) -> tuple[list[int], list[int]]:
+        """A text's ids and types as long as the model takes: cut at the end only where `truncate` asks for it."""
+        if not ids:
+            raise ValueError(f"{text[:40]!r} has no tokens: give at least one character")
+        limit = self.max_tokens
+        if limit is None or len(ids) <= limit:
+            return ids, types
+        if not truncate:
+            self.check_length(len(ids), text)
+        closing = ids[-1:] if ids[-1] in (self.tokenizer.sep, self.tokenizer.eos) else []
+        return ids[: limit - len(closing)] + closing, types[:limit]
 
     def batch(self, rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> Inputs:
         """Rows of ids as one batch, padded on the right."""
