@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,12 +12,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from published import TINY, label
 
-from headway import models
+import headway
+from headway import families, models
 from headway.generate.sampling import Sampling, draw
 from headway.generate.texts import Text
 from headway.hub import Loaded
 from headway.loaded import Facts
+from headway.quantize import is_prepared
 from headway.vocabulary import PublishedTokenizer
 from headway.vocabulary import facts as told
 
@@ -218,3 +222,29 @@ def test_ids_may_be_given_instead_of_text() -> None:
     ids = tokenizer().encode(PROMPTS[0]).ids
     assert loaded().generate([ids], max_tokens=5)[0].ids == loaded().generate([PROMPTS[0]], max_tokens=5)[0].ids
     assert msgspec.to_builtins(loaded().facts)["eos"] == [0] or loaded().facts.eos == (0,)
+
+
+def test_a_model_packs_itself_to_write_and_is_whole_again_when_saved(tmp_path: Path) -> None:
+    case = next(case for case in TINY if case[0] == "gpt2" and label(case).startswith("GPT2LMHead"))
+    wide = {**families.family("gpt2").tiny()[case[1]], "n_embd": 256}  # narrow maps are left as they are
+    model, plain = (hub_build(wide) for _ in range(2))
+    before = {name: tensor.clone() for name, tensor in plain.net.state_dict().items()}
+    model.net.load_state_dict(before)
+    ids = [[5, 6, 7, 8]]
+    written = model.generate(ids, max_tokens=6)[0]
+    assert is_prepared(model.net) and model.net.heads["lm"].spec.tie
+    logits = plain.logits(torch.tensor([ids[0] + written.ids]))
+    assert logits[0, 3:-1].argmax(-1).tolist() == written.ids
+    model.save(tmp_path / "model")
+    assert not is_prepared(model.net) and model.net.heads["lm"].out.weight is model.net.embedding.weight
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.net.state_dict().items())
+    rounded = headway.load(tmp_path / "model", quantize="int8")
+    assert rounded.generate(ids, max_tokens=1)[0].ids
+    with pytest.raises(ValueError, match="int8 weights are rounded and cannot be restored"):
+        rounded.save(tmp_path / "other")
+
+
+def hub_build(config: dict[str, Any]) -> Loaded:
+    found = families.read(config, "config.json")
+    torch.manual_seed(0)
+    return Loaded(models.build(found.spec), found.spec, tokenizer(), facts=found.facts)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,12 +77,14 @@ class Loaded(Bare):
                 raise ValueError(f"generate: {alien[0]} is for published models; this one takes beams and penalty")
             return answer_all(self, prompts, beams=beams, batch=256 if batch is None else batch, penalty=penalty)
         how = options({**given, "beams": beams, "penalty": penalty})
+        self.pack()
         prompts = prompts if isinstance(prompts, str) else list(prompts)
         return generate(self, prompts, how, chat=chat, task=task, batch=8 if batch is None else batch)
 
     def stream(self, prompt: Any, *, chat: bool = False, task: str | None = None, **given: Any) -> Iterator[str]:
         """The text of one prompt in pieces, as it is written; `given` are `generate`'s options."""
         how = options(given)
+        self.pack()
         return stream(self, prompt, how, chat=chat, task=task)
 
     def embed(
@@ -104,6 +106,7 @@ class Loaded(Bare):
         What is longer than the model takes is an error, or cut where `truncate`. `watch(done, total)` hears of
         progress, in tokens or pictures. `headway embed` does the same for files larger than memory.
         """
+        self.pack()
         return embed(self, inputs, batch_tokens=batch_tokens, normalize=normalize, pooling=pooling, task=task,
                          truncate=truncate, watch=watch)  # fmt: skip
 
@@ -112,6 +115,7 @@ class Loaded(Bare):
 
         A gap is written as this tokenizer spells its mask. Several are filled independently, none seeing another.
         """
+        self.pack()
         return fill_gaps(self, text, top=top)
 
     def classify(
@@ -129,6 +133,7 @@ class Loaded(Bare):
         A model with two towers tells pictures apart by `labels` of yours, each put into `template`. `top`: how many
         labels to give probabilities of. Probabilities add up to one, unless several labels may hold (`problem_type`).
         """
+        self.pack()
         return classify(self, inputs, labels, top=top, template=template, truncate=truncate, watch=watch)
 
     def answer(self, question: str, context: str, *, top: int = 1, stride: int = 128, max_answer: int = 30) -> Answer:
@@ -137,6 +142,7 @@ class Loaded(Bare):
         A context longer than the model takes is read in windows that overlap by `stride` tokens. `score` is the span's
         probability in its window; `no_answer_probability` the least that any window gives to there being none.
         """
+        self.pack()
         return answer(self, question, context, top=top, stride=stride, max_answer=max_answer)
 
     def save(self, folder: str | Path, format: Literal["headway", "transformers"] = "headway") -> None:
@@ -145,6 +151,7 @@ class Loaded(Bare):
             return super().save(folder)
         if format != "transformers":
             raise ValueError(f"save: format is headway or transformers, not {format!r}")
+        self.unpack()
         return export(self, Path(folder))
 
 
@@ -152,19 +159,29 @@ def load(
     source: str | Path,
     device: str | torch.device | None = None,
     *,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: str = "float32",
+    quantize: str | None = None,
     heads: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """A model from a folder (a run's, one that `save` wrote, or a published one), a safetensors or GGUF file, or a hub
     id ("owner/name", through huggingface_hub). Strict: what is missing, unexpected or unknown is a ValueError.
 
-    dtype: of the weights. heads: new heads by name, {"classify": {"outputs": 3, "pool": "first"}}; they are the only
-    weights that are ever initialised, and they take the place of the checkpoint's own.
+    dtype: of the weights (float32, bfloat16, float16). quantize: "int8" rounds weights and activations to 8 bits, for speed on a CPU. heads: new
+    heads by name, {"classify": {"outputs": 3, "pool": "first"}}; they are the only weights that are ever initialised,
+    and they take the place of the checkpoint's own.
     """
-    path = Path(source)
-    device = device or machine.device()
     if dtype not in DTYPES:
         raise ValueError(f"load: dtype is {', '.join(DTYPES)}, not {dtype!r}")
+    if quantize not in (None, "int8"):
+        raise ValueError(f"load: quantize is int8 or nothing, not {quantize!r}")
+    model = _load(source, device or machine.device(), dtype, heads)
+    if quantize is not None:
+        model.pack(quantize)
+    return model
+
+
+def _load(source: str | Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) -> Loaded:
+    path = Path(source)
     if path.suffix.lower() == ".gguf":
         return _gguf(path, device, dtype, heads)
     if path.is_file():

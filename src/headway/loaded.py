@@ -17,6 +17,7 @@ from headway import __version__
 from headway.image import ImageSpec
 from headway.mask import Mask
 from headway.models import seq2seq
+from headway.quantize import is_prepared, prepare, restore
 from headway.spec import Strict
 from headway.store import write_folder
 from headway.text import UNK, Tokenizer
@@ -176,7 +177,7 @@ class Loaded:
     @torch.inference_mode()
     def hidden(
         self,
-        inputs: Sequence[str] | Inputs | Int[Tensor, "B T"] | Float[Tensor, "B C H W"],
+        inputs: Sequence[str] | Inputs | Int[Tensor, "B T"] | Float[Tensor, "B c h w"],
         valid: Bool[Tensor, "B T"] | None = None,
         *,
         mask: Mask | None = None,
@@ -198,7 +199,7 @@ class Loaded:
     @torch.inference_mode()
     def logits(
         self,
-        inputs: Sequence[str] | Inputs | Int[Tensor, "B T"] | Float[Tensor, "B C H W"],
+        inputs: Sequence[str] | Inputs | Int[Tensor, "B T"] | Float[Tensor, "B c h w"],
         valid: Bool[Tensor, "B T"] | None = None,
         *,
         head: str | None = None,
@@ -255,6 +256,30 @@ class Loaded:
         self.check_length(inputs.shape[1])
         return Inputs(inputs.to(self.device), None if valid is None else valid.to(self.device), None)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.net.parameters()).dtype
+
+    def pack(self, quantize: str | None = None) -> None:
+        """Lays a published model's weights out for fast inference on this CPU (int8: rounds them too), in place.
+
+        What uses a model does it by itself, and `save` undoes it; `unpack` before training.
+        """
+        if quantize is not None or (self.device.type == "cpu" and self.facts.family and not is_prepared(self.net)):
+            if quantize is not None and self.device.type != "cpu":
+                raise ValueError(
+                    f"quantize='{quantize}' is for a CPU, and this model is on {self.device}: leave it out"
+                )
+            if quantize is None and self.dtype not in (torch.float32, torch.bfloat16):
+                return
+            prepare(self.net, quantize, self.dtype)
+
+    def unpack(self) -> None:
+        """The weights as PyTorch holds them: to train, change or save them."""
+        if is_prepared(self.net):
+            restore(self.net)
+
     def unknown(self, text: str) -> list[str]:
         """The pieces of a text that the model never saw in training."""
         if not isinstance(self.source, Tokenizer):
@@ -266,6 +291,8 @@ class Loaded:
     def save(self, folder: str | Path) -> None:
         """Writes the model as a Headway folder, atomically."""
         import msgspec
+
+        self.unpack()
 
         record = {
             "headway": __version__,

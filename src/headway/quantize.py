@@ -53,10 +53,27 @@ def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = to
                 if type(module) is nn.Embedding and module.weight is linear.weight:
                     fast[module] = Int8Embedding(rounded, scales, dtype, mix)
         elif torch.backends.mkldnn.is_available():
-            fast[linear] = PackedLinear(linear.weight, linear.bias, share=tied and dtype == torch.float32)
+            packed = PackedLinear(linear.weight, linear.bias, share=tied and dtype == torch.float32)
+            tables_of = (m for m in net.modules() if type(m) is nn.Embedding and m.weight is linear.weight)
+            packed.table = (next(tables_of, None),)
+            fast[linear] = packed
         _replace(net, fast)
         fast.clear()
     _give_back()
+
+
+def restore(net: nn.Module) -> None:
+    """Undoes `prepare` in place, to the bit, as far as the dtype held it; a ValueError for int8, which forgets."""
+    held = [module for module in net.modules() if isinstance(module, Prepared)]
+    if any(not isinstance(module, PackedLinear) for module in held):
+        raise ValueError("int8 weights are rounded and cannot be restored: load the model again, without quantize")
+    _replace(net, {module: module.unpacked() for module in held if isinstance(module, PackedLinear)})
+    net.requires_grad_(True)
+
+
+def is_prepared(net: nn.Module) -> bool:
+    """Whether `prepare` has changed it."""
+    return any(isinstance(module, Prepared) for module in net.modules())
 
 
 def nbytes(net: nn.Module) -> int:
@@ -113,6 +130,20 @@ class PackedLinear(Prepared):
         self.layout = weight if share else torch.ops.mkldnn._reorder_linear_weight(weight)
         self.packed_bytes = 0 if share else weight.nbytes
         self.product = torch.ops.mkldnn._linear_pointwise.default
+        self.table: tuple[nn.Embedding | None] = (None,)  # whose weight it was; in a tuple, it is nobody's child
+
+    def unpacked(self) -> nn.Linear:
+        """The linear that it was; tied again where it was tied."""
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        table = self.table[0]
+        plain = self.layout.to_dense() if self.layout.is_mkldnn else self.layout
+        linear.weight = (
+            nn.Parameter(plain.clone() if plain.is_inference() else plain) if table is None else table.weight
+        )
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias)
+        return linear
 
     def forward(self, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
         if x.requires_grad or x.dtype != self.weight.dtype:

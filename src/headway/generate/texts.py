@@ -120,8 +120,7 @@ def ids_of(model: Loaded, prompt: Prompt, *, chat: bool = False, task: str | Non
         prompt = model.facts.prefixes[task] + prompt
     if chat or not isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        written = model.tokenizer.chat(messages)  # type: ignore[arg-type]
-        return model.tokenizer.encode(written, specials=False, honour=model.tokenizer.specials).ids
+        return model.tokenizer.chat_ids(messages)
     if not prompt:
         raise ValueError("cannot go on from an empty prompt: give at least one character")
     ids = model.tokenizer.encode(prompt).ids
