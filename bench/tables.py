@@ -143,7 +143,7 @@ def mixers() -> str:
 def limits() -> str:
     record = read("limits")
     if not record:
-        return ""
+        return "Not measured yet on an idle machine."
     lines = [
         "| figure | tokens | bar | reached | what the time goes to | what limits it |",
         "|---|---|---|---|---|---|",
@@ -156,7 +156,8 @@ def limits() -> str:
     lines += [
         "",
         f"Shares by torch.profiler, of one run of ours. Peak of a 2,048-wide fp32 product here: "
-        f"{record['gemm_peak_gflops']:.0f} GFLOP/s; {record['threads']} threads; {machine(record)}. `bench/limits.py`",
+        f"{record['gemm_peak_gflops']:.0f} GFLOP/s; {record['threads']} threads; "
+        f"load average when it began {record['load_average']:.1f}; {machine(record)}. `bench/limits.py`",
     ]
     return "\n".join(lines)
 
