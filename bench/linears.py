@@ -1,11 +1,11 @@
 """How long one linear takes, weights rotated out of the cache: `python bench/linears.py [ROUNDS]`.
 
 Microseconds by shape, way and rows. Headway's ways are those of `headway.quantize`; the others are what PyTorch offers.
+One run passes over copies of the weights, as a decoding step does over layers: weights come from memory, code does not.
 """
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ SHAPES = {
     "MiniLM": [(384, 384), (384, 768), (384, 1536), (1536, 384)],
 }
 ROWS = (1, 8, 64, 256, 2048)
-APART = 2**26  # bytes of weights between two uses of the same one: twice this machine's last cache
+APART = 2**26  # bytes of all copies of one weight: twice this machine's last cache
 
 
 def prepared(weight: Tensor, quantize: str | None, dtype: torch.dtype, mix: int = 16) -> Callable[[Tensor], Tensor]:
@@ -84,14 +84,23 @@ def copies(inputs: int, outputs: int) -> Ways:
     return made
 
 
-def sides(ways: Ways, rows: int, inputs: int) -> dict[str, Callable[[], Tensor]]:
-    """One call of each way, with the next of its copies at each call."""
+def sides(ways: Ways, rows: int, inputs: int) -> dict[str, Callable[[], None]]:
+    """A pass over all copies of each way; over three where the products, not the weights, take the time."""
 
-    def side(name: str) -> Callable[[], Tensor]:
-        turn, x = itertools.cycle(ways[name]), torch.randn(rows, inputs).to(WAYS[name][0])
-        return lambda: next(turn)(x)
+    def side(name: str) -> Callable[[], None]:
+        x = torch.randn(rows, inputs).to(WAYS[name][0])
+
+        def run() -> None:
+            for linear in ways[name][: length(ways, name, rows)]:
+                linear(x)
+
+        return run
 
     return {name: side(name) for name in ways}
+
+
+def length(ways: Ways, name: str, rows: int) -> int:
+    return len(ways[name]) if rows < 64 else min(3, len(ways[name]))
 
 
 def main(rounds: int) -> None:
@@ -101,11 +110,13 @@ def main(rounds: int) -> None:
             ways = copies(inputs, outputs)
             of_shape = results[f"{model} {inputs}->{outputs}"] = {name: {} for name in ways}
             for rows in ROWS if outputs < 10_000 else (1, 8):
-                turns = max(3, rounds // (1 + rows // 16))
+                turns = max(3, rounds // (1 + rows // 64))
                 for name, values in interleave(sides(ways, rows, inputs), turns).items():
-                    of_shape[name][str(rows)] = {k: round(1e6 * v, 1) for k, v in spread(values).items()}
+                    of_shape[name][str(rows)] = {
+                        k: round(1e6 * v / length(ways, name, rows), 1) for k, v in spread(values).items()
+                    }
     save("linears", {"unit": "microseconds by shape, way and rows", "results": results})
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
