@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headway import commands
+
 if TYPE_CHECKING:
     from headway.hub import Loaded
 
@@ -266,6 +268,10 @@ def _explain_training() -> None:
 
 def _example(source: str) -> str:
     return "headway" if source == "cmudict" else '"TEXT"'
+
+
+for command in commands.found():
+    app.command()(command)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from headway.train.loop import Status
 
 if TYPE_CHECKING:
     from headway.compare.cost import Event
+    from headway.use.stream import Progress as Rows
 
 console = Console()
 
@@ -69,6 +70,35 @@ class Live:
             speed=status.tokens_per_second,
             left=status.seconds_left,
         )
+
+
+class RowsLive:
+    """One bar over the rows of a file, the time left by the work done so far; it shows with the first rows."""
+
+    def __init__(self, title: str) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[count]}"),
+            _Left(),
+            console=console,
+            refresh_per_second=4,
+        )
+        self.task = self.progress.add_task(title, total=1.0, count="", left=math.inf)
+
+    def __enter__(self) -> RowsLive:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.progress.live.is_started:
+            self.progress.stop()
+
+    def watch(self, now: Rows) -> None:
+        """So far it is."""
+        self.progress.start()  # with the first rows, so that a mistake of the user's shows no bar
+        count = f"{now.rows:,} of {now.total:,}"
+        self.progress.update(self.task, completed=now.share, count=count, left=now.left)
 
 
 # column, its heading in two lines, how to show it, whether less is better (None: no best)

@@ -88,6 +88,22 @@ def references(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return {source: list(targets) for source, targets in found.items()}
 
 
+def texts(path: Path, column: str) -> Iterator[tuple[int, str, str]]:
+    """Each row's line (parquet: row), its text in that column, and what is wrong with it, "" where nothing is.
+
+    A file that is none of .tsv .csv .jsonl .parquet is plain text, one a line; there, an empty line is wrong too.
+    """
+    if _ending(path) not in _readers():
+        lines = _Lines(path)
+        for line in lines:
+            bad = lines.undecoded[1] if lines.undecoded[0] == lines.number else "" if line.strip() else "an empty line"
+            yield lines.number, line.rstrip("\r\n"), bad
+        return
+    for number, row in _reader(path)(path, (column, column)):
+        problem = row if isinstance(row, str) else _blank(row, (column, column))
+        yield number, "" if problem else row[0], problem or ""
+
+
 def _cased(pairs: Iterable[tuple[str, str]], spec: DataSpec) -> Iterable[tuple[str, str]]:
     return ((source.lower(), target) for source, target in pairs) if spec.lowercase else pairs
 
@@ -166,15 +182,26 @@ def _blank(pair: tuple[str, str], columns: tuple[str, str]) -> str | None:
     return next((f"{column!r} is empty" for column, text in zip(columns, pair, strict=True) if not text.strip()), None)
 
 
+def _readers() -> dict[str, Callable[[Path, tuple[str, str]], Iterator[Row]]]:
+    known: dict[str, Callable[[Path, tuple[str, str]], Iterator[Row]]] = {
+        ".tsv": _table,
+        ".csv": _table,
+        ".jsonl": _jsonl,
+    }
+    return known | {f"{text}.gz": reader for text, reader in known.items()} | {".parquet": _parquet}
+
+
 def _reader(path: Path) -> Callable[[Path, tuple[str, str]], Iterator[Row]]:
-    ending = "".join(path.suffixes[-2:]).lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
-    known = {".tsv": _table, ".csv": _table, ".jsonl": _jsonl}
-    known |= {f"{text}.gz": reader for text, reader in known.items()} | {".parquet": _parquet}
+    ending, known = _ending(path), _readers()
     if ending not in known:
         raise ValueError(
             f"{path}: cannot tell what {ending or 'a file without an ending'!r} is; known: {' '.join(known)}"
         )
     return known[ending]
+
+
+def _ending(path: Path) -> str:
+    return "".join(path.suffixes[-2:]).lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
 class _Lines:

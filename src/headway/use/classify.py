@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headway.loaded import Loaded
 from headway.use.embed import embed
-from headway.use.passes import Watch, groups, pictures, strings
+from headway.use.passes import Watch, compute, groups, pictures, strings
 
 TEMPLATE = "a photo of a {}"
 
@@ -81,16 +81,15 @@ def _sequences(model: Loaded, inputs: Any, top: int | None, truncate: bool, watc
     return [found[i] for i in range(len(found))]
 
 
-@torch.inference_mode()
 def _logits(
     model: Loaded, inputs: Any, truncate: bool, watch: Watch | None
 ) -> Iterator[tuple[list[int], Float[Tensor, "B O"]]]:
     if model.kind == "vision":
         for rows, pixels in pictures(model, inputs, "classify", watch=watch):
-            yield rows, model.net.head("classify", model.net(pixels))
+            yield rows, compute(model.net.head, "classify", compute(model.net, pixels))
         return
     for group in groups(model, strings(inputs, "classify"), task="classify", truncate=truncate, watch=watch):
-        yield group.rows, model.net.head("classify", group.hidden, group.ids, group.valid)
+        yield group.rows, compute(model.net.head, "classify", group.hidden, group.ids, group.valid)
 
 
 def _named(names: Sequence[str], shares: Float[Tensor, " O"], top: int | None) -> Classified:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headway.heads import HeadSpec, pool
 from headway.loaded import Loaded
-from headway.use.passes import Watch, groups, listed, passes, pictures, strings
+from headway.use.passes import Watch, compute, groups, listed, passes, pictures, strings
 
 POOLS = ("mean", "first", "last")
 
@@ -100,8 +100,7 @@ def _parts(
     how = pooling_of(model, pooling)
     if pictured:
         for rows, pixels in pictures(model, inputs, "embed", watch=watch):
-            with torch.inference_mode():
-                yield rows, _pooled(model, how, model.net(pixels))
+            yield rows, _pooled(model, how, compute(model.net, pixels))
         return
     for group in groups(model, inputs, truncate=truncate, batch_tokens=batch_tokens, watch=watch):
         yield group.rows, _pooled(model, how, group.hidden, group.ids, group.valid)
@@ -116,7 +115,6 @@ def _pooled(
     return model.net.head(how, hidden) if ids is None else model.net.head(how, hidden, ids, valid)
 
 
-@torch.inference_mode()
 def _tower(
     model: Loaded, inputs: list[Any], pictured: bool, truncate: bool, batch_tokens: int | None, watch: Watch | None
 ) -> Iterator[tuple[list[int], Tensor]]:
@@ -124,13 +122,13 @@ def _tower(
     net = tower(model, "image" if pictured else "text")
     if pictured:
         for rows, pixels in pictures(model, inputs, "embed", watch=watch):
-            yield rows, net.head("project", net(pixels))
+            yield rows, compute(net.head, "project", compute(net, pixels))
         return
     found = [model.tokenizer.encode(text) for text in inputs]
     fitted = [model.fitted(e.ids, e.types, text, truncate) for e, text in zip(found, inputs, strict=True)]
     ids, types = [one for one, _ in fitted], [kinds for _, kinds in fitted]
     for group in passes(model, ids, types, net=net, batch_tokens=batch_tokens, watch=watch):
-        yield group.rows, net.head("project", group.hidden, group.ids, group.valid)
+        yield group.rows, compute(net.head, "project", group.hidden, group.ids, group.valid)
 
 
 def tower(model: Loaded, name: str) -> Any:

@@ -77,7 +77,6 @@ def groups(
     yield from passes(model, rows, types, task=task, batch_tokens=batch_tokens, watch=watch)
 
 
-@torch.inference_mode()
 def passes(
     model: Loaded,
     rows: Sequence[Sequence[int]],
@@ -145,7 +144,7 @@ def _packed(
     kinds = torch.tensor([[t for i in batch for t in types[i]]])
     if isinstance(net, encoder.Model) and net.types is not None and net.types.num_embeddings > 1 and kinds.any():
         more["types"] = kinds
-    hidden = net(ids, pos=pos, **more)
+    hidden = compute(net, ids, pos=pos, **more)
     at = 0
     for length, found in groupby(batch, key=lambda i: len(rows[i])):
         same = list(found)
@@ -157,10 +156,15 @@ def _packed(
 def _hidden(model: Loaded, net: Any, inputs: Inputs, task: str) -> Float[Tensor, "B T C"]:
     if net is model.net:
         return model.hidden(inputs, mask=model.global_tokens(task, inputs))
-    return net(inputs.ids, inputs.valid, **({} if inputs.types is None else {"types": inputs.types}))
+    return compute(net, inputs.ids, inputs.valid, **({} if inputs.types is None else {"types": inputs.types}))
 
 
 @torch.inference_mode()
+def compute(call: Callable[..., Tensor], *inputs: Any, **named: Any) -> Tensor:
+    """What a module or a head gives, without gradients. (A decorated generator would do so for its caller, too.)"""
+    return call(*inputs, **named)
+
+
 def pictures(
     model: Loaded, images: Any, call: str, *, watch: Watch | None = None
 ) -> Iterator[tuple[list[int], Tensor]]:
