@@ -16,6 +16,7 @@ from headway.generate import step as flattened
 from headway.generate.step import step_of
 from headway.mixers.attention import Attention
 from headway.models.seq2seq import Model
+from headway.quantize import is_prepared, prepare
 from headway.text import BOS
 
 LOOK = {"name": "attention", "heads": 4}
@@ -57,10 +58,10 @@ DECODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def net(changed: dict[str, Any]) -> Model:
+def net(changed: dict[str, Any], width: int = 32) -> Model:
     stack = {key: value for key, value in changed.items() if key not in ("block", "spec")}
     decoder = {"blocks": [{**BLOCK, **changed.get("block", {})}, BLOCK], **stack}
-    spec = {"kind": "seq2seq", "width": 32, "encoder": ARCHITECTURES["transformer"]["encoder"], "decoder": decoder}
+    spec = {"kind": "seq2seq", "width": width, "encoder": ARCHITECTURES["transformer"]["encoder"], "decoder": decoder}
     made = models.build({**spec, "dropout": 0.1, "source_vocab": 12, "target_vocab": 12, **changed.get("spec", {})})
     assert isinstance(made, Model)
     return made.eval()
@@ -93,6 +94,15 @@ def test_a_flattened_step_is_the_models_own_to_the_bit(changed: dict[str, Any], 
     own, flat = (streams(model, rows, padded, flat) for flat in (False, True))
     assert all(torch.equal(one, two) for one, two in zip(own, flat, strict=True))
     assert not torch.equal(own[0], own[1]), "steps that say the same prove nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_weights_step_as_their_modules_do(family: str) -> None:
+    model = net(FAMILIES[family], width=256)
+    prepare(model)
+    assert is_prepared(model)
+    own, flat = (streams(model, 3, True, flat) for flat in (False, True))
+    assert all(torch.equal(one, two) for one, two in zip(own, flat, strict=True))
 
 
 def test_a_source_that_is_all_padding_is_left_to_attend() -> None:

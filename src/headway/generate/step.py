@@ -20,6 +20,7 @@ from headway.layers import Dropout, FeedForward, activate
 from headway.mask import Mask
 from headway.mixers.attention import Attention
 from headway.models.seq2seq import Memory, Model
+from headway.quantize import Prepared
 from headway.state import Cross, KeyValue, State
 
 Apply = Callable[[Tensor], Tensor]
@@ -154,6 +155,8 @@ def _bare(module: nn.Module) -> Apply:
     if _watched(module):
         return module
     kind = type(module)
+    if isinstance(module, Prepared):
+        return module.forward
     if kind is nn.Identity or (kind is Dropout and not module.training):
         return lambda x: x
     if isinstance(module, nn.Linear) and kind is nn.Linear:
