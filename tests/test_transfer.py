@@ -62,6 +62,8 @@ REST = [
 ]  # fmt: skip
 FUSED = REST + LINEARS
 SEPARATE = REST + SPLIT
+SHAPES = {"wte": (1, 11, 6), "q.weight": (6, 1, 3, 2), "ln.gamma": (1, 1, 6), "scale": (1, 1), "steps": (1,)}
+SHAPED = [(*rule, SHAPES.get(rule[1][0])) for rule in SEPARATE]
 IDS = torch.arange(8)[None]
 
 
@@ -100,7 +102,7 @@ def refusal(folder: Path, rules: Any, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("window", [8, 50, 2**24])
-@pytest.mark.parametrize("rules", [FUSED, SEPARATE], ids=["fused and transposed", "separate"])
+@pytest.mark.parametrize("rules", [FUSED, SEPARATE, SHAPED], ids=["fused and transposed", "separate", "reshaped"])
 def test_a_network_comes_back_as_it_was_through_published_names(
     net: Net, rules: list[Any], window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +124,18 @@ def test_published_tensors_are_what_the_rules_say(net: Net) -> None:
     assert torch.equal(separate["v.bias"], net.key_value.bias[4:])
     assert "lm_head.weight" not in fused  # tied to the embedding
     assert "attn.mask" not in fused
+
+
+def test_a_shape_is_what_the_published_tensor_has_and_must_have(net: Net, tmp_path: Path) -> None:
+    tensors = dict(published(net, SHAPED))
+    assert {name: tuple(tensors[name].shape) for name in SHAPES} == SHAPES
+    assert torch.equal(tensors["q.weight"].flatten(), net.query.weight.flatten())
+    for wrong in (tensors["q.weight"].reshape(6, 6), tensors["q.weight"].reshape(6, 1, 2, 3), torch.zeros(6, 1, 3, 3)):
+        write_weights(tmp_path / "m", {**tensors, "q.weight": wrong})
+        assert f"1 of another shape; first: q.weight is {tuple(wrong.shape)}" in refusal(tmp_path / "m", SHAPED)
+    for rule in ((("query.weight",), ("q.weight",), True, (6, 6)), (("a", "b"), ("q.weight",), False, (6, 6))):
+        with pytest.raises(ValueError, match="a rule with a shape is of one tensor"):
+            published(net, [rule])
 
 
 def test_a_rule_is_a_triple_or_an_object_with_its_three_names(net: Net, tmp_path: Path) -> None:

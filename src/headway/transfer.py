@@ -1,8 +1,8 @@
 """Transfer: published tensors into a network and back, by rules that hold in both directions.
 
-A rule is (ours, theirs, transpose): cat(theirs, each transposed if so) = cat(ours), along the first dimension.
+A rule is (ours, theirs, transpose, shape): cat(theirs, each transposed if so) = cat(ours), along the first dimension.
 Where one side has several names, the other has one, which is divided evenly; `ours` is empty for tensors that a file
-may hold and no network needs. Tensors are read into a network that was built on the meta device.
+may hold and no network needs. `shape`: of one published tensor whose numbers, in order, are one of ours in its shape.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +24,12 @@ from headway.weights import Weights, rowed
 
 
 class Rule(NamedTuple):
-    """What `ours` are called in a published file. Any object with these three attributes, or plain triple, is one."""
+    """What `ours` are called in a published file. Any object with the first three attributes, or a tuple, is one."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     transpose: bool = False
+    shape: tuple[int, ...] | None = None
 
 
 class blank(TorchFunctionMode):
@@ -48,13 +50,16 @@ class blank(TorchFunctionMode):
 
 
 class _Part(NamedTuple):
-    """Rows `begin` to `end` of a published tensor (columns, if it is transposed) go to one of ours from row `to` on."""
+    """Rows `begin` to `end` of a published tensor (columns, if it is transposed) go to one of ours from row `to` on.
+
+    Where it is `flat`, all its numbers do, in their order, and rows mean nothing."""
 
     ours: str
     begin: int
     end: int
     to: int
     transpose: bool
+    flat: bool = False
 
 
 def fill(
@@ -125,6 +130,8 @@ class _Published(Mapping[str, Tensor]):
         rule, part = self._found[name]
         ours = [self._own[name].detach() for name in rule.ours]
         whole = ours[0] if len(ours) == 1 else torch.cat(ours)
+        if rule.shape is not None:
+            return whole.reshape(rule.shape)
         whole = whole if len(rule.theirs) == 1 else whole.chunk(len(rule.theirs))[part]
         return _column(whole).T if rule.transpose else whole
 
@@ -136,9 +143,12 @@ class _Published(Mapping[str, Tensor]):
 
 
 def _rule(given: Any) -> Rule:
-    rule = Rule(*given) if isinstance(given, tuple) else Rule(given.ours, given.theirs, given.transpose)
+    rule = Rule(*given) if isinstance(given, tuple) else Rule(given.ours, given.theirs, given.transpose,
+                                                              getattr(given, "shape", None))  # fmt: skip
     if not rule.theirs or min(len(rule.ours), len(rule.theirs)) > 1:
         raise ValueError(f"a rule has one name on at least one side, not {rule.ours} for {rule.theirs}")
+    if rule.shape is not None and (rule.transpose or max(len(rule.ours), len(rule.theirs)) > 1):
+        raise ValueError(f"a rule with a shape is of one tensor, not transposed: {rule.ours} for {rule.theirs}")
     return rule
 
 
@@ -205,7 +215,9 @@ def _misfit(rule: Rule, own: dict[str, Tensor], shapes: dict[str, tuple[int, ...
     if rule.transpose:
         theirs = [shape[::-1] if len(shape) == 2 else () for shape in theirs]
         ours = [(*shape, 1) if len(shape) == 1 else shape for shape in ours]
-    if len(ours) == len(theirs) == 1:
+    if rule.shape is not None:
+        fits = theirs[0] == rule.shape and prod(theirs[0]) == prod(ours[0])
+    elif len(ours) == len(theirs) == 1:
         fits = ours == theirs
     else:  # no single numbers; the same rows in all, and those of `theirs` divided evenly so that they can be written
         fits = all(ours) and all(theirs) and sum(s[0] for s in ours) == sum(s[0] for s in theirs)
@@ -261,6 +273,9 @@ def _plan(
         our_ends = list(accumulate(own[name].shape[0] if own[name].ndim else 1 for name in rule.ours))
         for ours, our_begin, our_end in zip(rule.ours, [0, *our_ends], our_ends, strict=False):
             into = repeats if id(own[ours]) in told else reads
+            if rule.shape is not None:
+                into.setdefault(rule.theirs[0], []).append(_Part(ours, 0, our_end, 0, False, flat=True))
+                continue
             for theirs, begin, end in zip(rule.theirs, [0, *their_ends], their_ends, strict=False):
                 low, high = max(begin, our_begin), min(end, our_end)
                 if low < high:
@@ -277,7 +292,10 @@ def _pairs(
     for name, start, rows in _stream(weights, plan):
         for part in plan[name]:
             ours = rowed(targets[part.ours])
-            if part.transpose:
+            if part.flat:
+                size = rows[0].numel()
+                yield part, ours.view(-1)[start * size : (start + len(rows)) * size], rows.reshape(-1)
+            elif part.transpose:
                 place = _column(ours)[part.to : part.to + part.end - part.begin, start : start + len(rows)]
                 yield part, place, rows[:, part.begin : part.end].T
             else:
