@@ -73,7 +73,7 @@ def ids_and_padding(vocab: int, rows: int, length: int, side: str) -> tuple[Tens
 
 def output(found: Any) -> Tensor:
     """The one tensor that a head of transformers gives; start and end of a span side by side."""
-    for name in ("logits", "prediction_logits"):
+    for name in ("logits", "prediction_logits", "text_embeds", "image_embeds"):
         if getattr(found, name, None) is not None:
             return getattr(found, name)
     if getattr(found, "start_logits", None) is not None:

@@ -42,6 +42,8 @@ def test_hidden_states_and_logits_equal_transformers(case: tuple[str, int], side
     ids, valid = ids_and_padding(ours.spec["vocab"], 3, 12, side)
     if ours.facts.pad is not None:
         ids = torch.where(valid, ids, ours.facts.pad)
+    if end := next((head["end"] for head in ours.spec["heads"].values() if head.get("pool") == "end"), None):
+        ids[torch.arange(3), valid.cumsum(1).argmax(1)] = end
     given = {"attention_mask": valid.long()}
     if "position_ids" in inspect.signature(theirs.base_model.forward).parameters:
         given["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0) + getattr(ours.net.stack.positions, "offset", 0)

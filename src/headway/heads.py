@@ -21,13 +21,14 @@ class HeadSpec(Strict, frozen=True):
     """pool -> dense -> activation -> norm -> out.
 
     pool: which tokens: all of them ("none"), the first, the last valid one, the mean of the valid ones, the first one
-    whose id is `end`, the largest id ("largest", of old CLIP checkpoints), or the first beside the mean of those behind
-    the prefix ("first_and_mean").
+    whose id is `end`, the largest id ("largest", of old CLIP checkpoints), the first beside the mean of those behind the
+    prefix ("first_and_mean"), or the first two, each with outputs of its own, which are averaged ("first_two", of
+    distilled DeiT, 2012.12877).
     dense: a linear map of the width before the activation. outputs: of the last linear; None leaves it out. tie: its
     weight is the embedding's. labels: what the outputs are called.
     """
 
-    pool: Literal["none", "first", "last", "mean", "end", "largest", "first_and_mean"] = "none"
+    pool: Literal["none", "first", "last", "mean", "end", "largest", "first_and_mean", "first_two"] = "none"
     end: int | None = None
     prefix: Annotated[int, Meta(ge=0)] = 1
     before: Norm | None = None
@@ -47,6 +48,8 @@ class HeadSpec(Strict, frozen=True):
             raise ValueError("a head pools at `end` where pool is 'end', and there alone: give both or neither")
         if self.tie and self.outputs is None:
             raise ValueError("a head without outputs has no weight to tie: give it outputs, or leave out tie")
+        if self.pool == "first_two" and self.outputs is None:
+            raise ValueError("a head of the first two tokens averages their outputs: say how many outputs")
 
 
 class Head(nn.Module):
@@ -61,7 +64,7 @@ class Head(nn.Module):
         self.norm = norm(spec.norm, inner, spec.norm_eps) if spec.norm else nn.Identity()
         self.out: nn.Module = nn.Identity()
         if spec.outputs is not None:
-            self.out = nn.Linear(inner, spec.outputs, bias=spec.bias)
+            self.out = nn.Linear(inner, spec.outputs * (2 if spec.pool == "first_two" else 1), bias=spec.bias)
             if spec.tie:
                 if embedding is None or embedding.weight.shape != self.out.weight.shape:
                     raise ValueError(f"a head with {spec.outputs} outputs cannot share this model's embedding")
@@ -77,7 +80,10 @@ class Head(nn.Module):
         x = self.dense(self.before(pool(x, self.spec, ids, valid)))
         if self.spec.activation is not None:
             x = activate(x, self.spec.activation)
-        return self.out(self.norm(x))
+        x = self.out(self.norm(x))
+        if self.spec.pool == "first_two":
+            return x.unflatten(-1, (2, -1)).diagonal(dim1=1, dim2=2).mean(-1)
+        return x
 
 
 def pool(x: Float[Tensor, "B T C"], spec: HeadSpec, ids: Tensor | None, valid: Tensor | None) -> Tensor:
@@ -97,9 +103,13 @@ def pool(x: Float[Tensor, "B T C"], spec: HeadSpec, ids: Tensor | None, valid: T
             return mean(x, valid)
         case "first_and_mean":
             return torch.cat([x[:, 0], x[:, spec.prefix :].mean(1)], -1)
+        case "first_two":
+            return x[:, :2]
     if ids is None:
         raise ValueError(f"this head pools by ids ({spec.pool}), and was given none: pass ids")
     wanted = ids if spec.pool == "largest" else ids.eq(spec.end or 0).int()
+    if spec.pool == "end" and not bool(wanted.any(1).all()):
+        raise ValueError(f"row {int(wanted.any(1).int().argmin())} has no end (id {spec.end}), where this head reads")
     at = wanted.argmax(1)
     return x[row, at]
 

@@ -186,6 +186,7 @@ class Loaded:
 
         An encoder-decoder's are those of its encoder. `mask` narrows who sees whom (segments, global tokens).
         """
+        self._refuse_towers()
         if self.kind == "vision":
             return self.net(inputs)
         given = self._given(inputs, valid)
@@ -216,6 +217,7 @@ class Loaded:
             given = self._given(inputs, valid)
             memory = self.net.encode(given.ids, given.valid, **({} if mask is None else {"mask": mask}))
             return self.net.decode(target, memory)
+        self._refuse_towers()
         name = head or self.only_head()
         if self.kind == "vision":
             return self.net.head(name, self.net(inputs))
@@ -245,6 +247,11 @@ class Loaded:
         if "lm" in heads or len(heads) == 1:
             return "lm" if "lm" in heads else heads[0]
         raise ValueError(f"this model has {', '.join(heads) or 'no'} heads: say which with head=")
+
+    def _refuse_towers(self) -> None:
+        if self.kind == "dual":
+            there = ", ".join(self.net.towers)
+            raise ValueError(f"this model has two towers ({there}), each with states of its own: embed gives vectors")
 
     def _given(self, inputs: Any, valid: Tensor | None) -> Inputs:
         if isinstance(inputs, Inputs):

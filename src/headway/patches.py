@@ -9,7 +9,7 @@ squares is resized (bicubic), as DINOv2 does (2304.07193). Registers (2309.16588
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,11 +19,12 @@ class Patches(nn.Module):
 
     `image`: (height, width) that the table of positions is for, in pixels; where `patch` does not divide it, the rest
     at the right and the bottom is left out, as the convolution leaves it. `interpolate`: take pictures of any other
-    size that `patch` divides; `antialias`: smooth where the grid shrinks, as DINOv2 with registers does.
+    size that `patch` divides; `antialias`: smooth where the grid shrinks, as DINOv2 with registers does. `mask`: a
+    token that stands for squares which are hidden (masked image modelling, 2106.08254).
 
     Parameters: `project.weight` (width, channels * patch * patch), a Conv2d's weight flattened (`flat`), and
-    `project.bias`; `tokens.NAME.weight` (1, width); `registers.weight` (registers, width); `positions.weight` (prefix
-    + grid, width).
+    `project.bias`; `tokens.NAME.weight` (1, width); `registers.weight` (registers, width); `mask.weight` (1, width);
+    `positions.weight` (prefix + grid, width).
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Patches(nn.Module):
         bias: bool = True,
         interpolate: bool = False,
         antialias: bool = False,
+        mask: bool = False,
     ) -> None:
         super().__init__()
         if not 1 <= patch <= min(image):
@@ -51,6 +53,7 @@ class Patches(nn.Module):
         self.project = nn.Linear(channels * patch * patch, width, bias)
         self.tokens = nn.ModuleDict({name: nn.Embedding(1, width) for name in prefix})
         self.registers = nn.Embedding(registers, width) if registers else None
+        self.mask = nn.Embedding(1, width) if mask else None
         self.positions = nn.Embedding(len(prefix) + self.grid[0] * self.grid[1], width)
 
     @property
@@ -63,9 +66,16 @@ class Patches(nn.Module):
         """How many tokens stand before the squares, registers included."""
         return len(self.tokens) + (self.registers.num_embeddings if self.registers is not None else 0)
 
-    def forward(self, pixels: Float[Tensor, "B c h w"]) -> Float[Tensor, "B N C"]:
+    def forward(
+        self, pixels: Float[Tensor, "B c h w"], hidden: Bool[Tensor, "B S"] | None = None
+    ) -> Float[Tensor, "B N C"]:
+        """`hidden`: which squares the model does not see, row by row."""
         rows, columns = self._grid_of(pixels)
-        squares = self.project(_squares(pixels.to(self.project.weight.dtype), rows, columns, self.patch))
+        squares = self.project(_squares(pixels.to(self.positions.weight.dtype), rows, columns, self.patch))
+        if hidden is not None:
+            if self.mask is None:
+                raise ValueError("no token stands for what is hidden here: make the patches with mask=True")
+            squares = torch.where(hidden[..., None], self.mask.weight, squares)
         named, over = self._positions(rows, columns)
         squares = squares + over
         prefix: list[Tensor] = list(self.tokens.parameters())

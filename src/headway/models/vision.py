@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from msgspec import Meta
 from torch import Tensor, nn
 
@@ -19,7 +19,8 @@ from headway.spec import Size, StackSpec, Strict
 class PatchSpec(Strict, frozen=True):
     """`image`: (height, width) in pixels that the positions were made for; `prefix`: learned tokens before the patches
     ("class", "distillation"); `registers`: further ones without a position (2309.16588). `interpolate`: pictures of
-    other sizes are read too, the positions stretched to them."""
+    other sizes are read too, the positions stretched to them, smoothly where `antialias` says so. `mask`: a token for
+    patches that are hidden."""
 
     image: tuple[Size, Size]
     patch: Size
@@ -28,6 +29,8 @@ class PatchSpec(Strict, frozen=True):
     registers: Annotated[int, Meta(ge=0, le=1024)] = 0
     bias: bool = True
     interpolate: bool = False
+    antialias: bool = False
+    mask: bool = False
 
 
 class Spec(Strict, frozen=True):
@@ -55,14 +58,18 @@ class Model(nn.Module):
             registers=p.registers,
             bias=p.bias,
             interpolate=p.interpolate,
+            antialias=p.antialias,
+            mask=p.mask,
         )
         self.stack = Stack(spec.stack, spec.width, spec.dropout)
         self.heads = Heads(spec.width, spec.heads)
         self.branches = self.stack.branches
 
-    def forward(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B T D"]:
-        """`pixels` are scaled as the checkpoint's processor says."""
-        x = self.patches(pixels)
+    def forward(
+        self, pixels: Float[Tensor, "B C H W"], hidden: Bool[Tensor, "B N"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """`pixels` are scaled as the checkpoint's processor says; `hidden` patches are not seen."""
+        x = self.patches(pixels, hidden)
         pos = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         return self.stack(x, mask=FULL, pos=pos)
 
