@@ -21,8 +21,8 @@ class HeadSpec(Strict, frozen=True):
     """pool -> dense -> activation -> norm -> out.
 
     pool: which tokens: all of them ("none"), the first, the last valid one, the mean of the valid ones, the first one
-    whose id is `end`, the largest id ("largest", of old CLIP checkpoints), the first beside the mean of those behind the
-    prefix ("first_and_mean"), or the first two, each with outputs of its own, which are averaged ("first_two", of
+    whose id is `end`, the largest id ("largest", of old CLIP checkpoints), the first beside the mean of those behind
+    the prefix ("first_and_mean"), or the first two, each with outputs of its own, which are averaged ("first_two", of
     distilled DeiT, 2012.12877).
     dense: a linear map of the width before the activation. outputs: of the last linear; None leaves it out. tie: its
     weight is the embedding's. labels: what the outputs are called.
