@@ -99,7 +99,12 @@ def test_batched_vectors_equal_single_ones_in_the_order_given(made: Any, pooling
     _, model, _ = made("BertModel")
     together = model.embed(TEXTS, pooling=pooling)
     alone = torch.cat([model.embed([text], pooling=pooling) for text in TEXTS])
-    assert not together.requires_grad and not together.is_inference() and together.shape == (5, 32) and together.dtype == torch.float32
+    assert (
+        not together.requires_grad
+        and not together.is_inference()
+        and together.shape == (5, 32)
+        and together.dtype == torch.float32
+    )
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
     small = model.embed(TEXTS, pooling=pooling, batch_tokens=8)
     torch.testing.assert_close(small, alone, atol=1e-6, rtol=0)
@@ -128,6 +133,20 @@ def test_a_window_or_a_bias_on_scores_is_padded_and_batching_changes_nothing(tmp
         assert not passes.packs(model.net)
         alone = torch.cat([model.embed([text]) for text in TEXTS])
         torch.testing.assert_close(model.embed(TEXTS), alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", ["T5EncoderModel", "T5Model"])
+def test_an_encoder_with_a_bias_by_distance_embeds_one_as_all_of_its_own_or_of_a_pair(
+    made: Any, architecture: str
+) -> None:
+    theirs, model, _ = made(architecture, "t5")
+    found = model.embed(TEXTS, pooling="mean")
+    torch.testing.assert_close(
+        found, torch.cat([model.embed([text], pooling="mean") for text in TEXTS]), atol=1e-5, rtol=1e-5
+    )
+    with torch.no_grad():
+        hidden = theirs.encoder(torch.tensor([model.tokenizer.encode(TEXTS[1]).ids])).last_hidden_state
+    torch.testing.assert_close(found[1:2], hidden.mean(1), atol=3e-5, rtol=3e-5)
 
 
 def test_minilm_embeds_as_sentence_transformers_does() -> None:

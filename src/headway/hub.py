@@ -166,9 +166,9 @@ def load(
     """A model from a folder (a run's, one that `save` wrote, or a published one), a safetensors or GGUF file, or a hub
     id ("owner/name", through huggingface_hub). Strict: what is missing, unexpected or unknown is a ValueError.
 
-    dtype: of the weights (float32, bfloat16, float16). quantize: "int8" rounds weights and activations to 8 bits, for speed on a CPU. heads: new
-    heads by name, {"classify": {"outputs": 3, "pool": "first"}}; they are the only weights that are ever initialised,
-    and they take the place of the checkpoint's own.
+    dtype: of the weights (float32, bfloat16, float16). quantize: "int8" rounds weights and activations to 8 bits, for
+    speed on a CPU. heads: new heads by name, {"classify": {"outputs": 3, "pool": "first"}}; they are the only weights
+    that are ever initialised, and they take the place of the checkpoint's own.
     """
     if dtype not in DTYPES:
         raise ValueError(f"load: dtype is {', '.join(DTYPES)}, not {dtype!r}")

@@ -1,7 +1,8 @@
 """Passes: each input once through the network, in batches that waste nothing; what every action here stands on.
 
-On a CPU, sequences of all lengths share one row without padding (segments keep them apart, positions start anew): on
-one thread 1.1 to 1.2 times as fast as the best of padded batches. What cannot be packed is padded, sorted by length.
+On a CPU, sequences of all lengths share one row without padding (segments keep them apart, positions start anew):
+1.14 times as fast on one thread as the best of padded batches (MiniLM, 250 texts of skewed lengths). What cannot be
+packed is padded, sorted by length.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from headway.mask import Mask
 from headway.models import decoder, encoder
 
 Watch = Callable[[int, int], None]  # of all work, in tokens or pictures: how much is done, and how much there is
-BUDGET = {"cpu": 1024}  # tokens a batch: what a core's cache holds; a GPU wants more
+BUDGET = {"cpu": 2048}  # tokens a batch; on one thread 512 and 4096 are 6% slower, 1024 as fast. A GPU wants more
 GPU_BUDGET = 16384
 PICTURES = 16  # a batch
 
