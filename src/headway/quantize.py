@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -37,6 +37,7 @@ def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = to
     """
     _check(net, quantize, dtype, mix)
     net.requires_grad_(False).eval()
+    _join(net)
     linears = [m for m in net.modules() if type(m) is nn.Linear and m.weight.numel() >= WORTH]
     fast: dict[nn.Module, nn.Module] = {}
     tables = {id(m.weight) for m in net.modules() if type(m) is nn.Embedding}
@@ -68,12 +69,80 @@ def restore(net: nn.Module) -> None:
     if any(not isinstance(module, PackedLinear) for module in held):
         raise ValueError("int8 weights are rounded and cannot be restored: load the model again, without quantize")
     _replace(net, {module: module.unpacked() for module in held if isinstance(module, PackedLinear)})
+    _replace(net, {module: module.apart() for module in net.modules() if isinstance(module, Part)})
     net.requires_grad_(True)
 
 
 def is_prepared(net: nn.Module) -> bool:
     """Whether `prepare` has changed it."""
-    return any(isinstance(module, Prepared) for module in net.modules())
+    return any(isinstance(module, Prepared | Part) for module in net.modules())
+
+
+class Part(nn.Module):
+    """Some outputs of a linear that others read too: who asks first multiplies for all who ask about that input."""
+
+    def __init__(self, joint: Joint, begin: int, end: int) -> None:
+        super().__init__()
+        self.joint, self.begin, self.end = joint, begin, end
+        self.in_features, self.out_features = joint.whole.in_features, end - begin
+
+    @property
+    def weight(self) -> Tensor:
+        """Tells dtype and device; the weights are the whole's."""
+        return self.joint.whole.weight
+
+    def forward(self, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
+        return self.joint(x)[..., self.begin : self.end]
+
+    def apart(self) -> nn.Linear:
+        """A linear of its own again."""
+        whole = self.joint.whole
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, bias=whole.bias is not None)
+        linear.weight = nn.Parameter(whole.weight[self.begin : self.end].detach().clone())
+        if whole.bias is not None:
+            linear.bias = nn.Parameter(whole.bias[self.begin : self.end].detach().clone())
+        return linear
+
+
+class Joint(nn.Module):
+    """A linear of several parts; it holds its last answer until each part has asked."""
+
+    def __init__(self, whole: nn.Linear, parts: int) -> None:
+        super().__init__()
+        self.whole: Any = whole
+        self.parts = parts
+        self.kept: tuple[Tensor, Tensor, int] | None = None
+
+    def forward(self, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
+        kept, self.kept = self.kept, None
+        if kept is None or kept[0] is not x:
+            kept = (x, self.whole(x), self.parts)
+        if kept[2] > 1:
+            self.kept = (x, kept[1], kept[2] - 1)
+        return kept[1]
+
+
+def _join(net: nn.Module) -> None:
+    """Queries, keys and values of the same tokens become one product. Keys and values of a context stay apart."""
+    for name, module in list(net.named_modules()):
+        parts = [getattr(module, part, None) for part in ("query", "key_value")]
+        if ".cross." in f".{name}." or not all(type(part) is nn.Linear for part in parts):
+            continue
+        one, two = parts
+        assert isinstance(one, nn.Linear) and isinstance(two, nn.Linear)
+        if one.in_features != two.in_features or (one.bias is None) != (two.bias is None):
+            continue
+        with torch.device("meta"):
+            whole = nn.Linear(one.in_features, one.out_features + two.out_features, bias=one.bias is not None)
+        whole.weight = nn.Parameter(torch.cat([one.weight, two.weight]), requires_grad=False)
+        if one.bias is not None:
+            whole.bias = nn.Parameter(torch.cat([one.bias, two.bias]), requires_grad=False)
+        joint = Joint(whole, 2)
+        module.query, module.key_value = (
+            Part(joint, 0, one.out_features),
+            Part(joint, one.out_features, whole.out_features),
+        )
 
 
 def nbytes(net: nn.Module) -> int:
@@ -129,7 +198,7 @@ class PackedLinear(Prepared):
         self.bias = None if bias is None else bias.detach()
         self.layout = weight if share else torch.ops.mkldnn._reorder_linear_weight(weight)
         self.packed_bytes = 0 if share else weight.nbytes
-        self.product = torch.ops.mkldnn._linear_pointwise.default
+        self.product = torch.ops.mkldnn._linear_pointwise.default._op
         self.table: tuple[nn.Embedding | None] = (None,)  # whose weight it was; in a tuple, it is nobody's child
 
     def unpacked(self) -> nn.Linear:
@@ -176,7 +245,7 @@ class Int8Linear(Prepared):
             weight = torch._make_per_channel_quantized_tensor(rounded, scales.double(), zeros, 0)
             self.packed = torch.ops.quantized.linear_prepack(weight, None)
         # FBGEMM: rounds x / scale to whole numbers, multiplies, and answers in float32
-        self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
         self.packed_bytes = rounded.nbytes + 3 * scales.nbytes  # beside weights: scales, zero points, sums of columns
 
     def forward(self, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
@@ -193,6 +262,20 @@ class Int8Linear(Prepared):
                 out.copy_(self._some(part))
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
+    def of_one(self) -> Callable[[Tensor], Tensor]:
+        """`forward` for one token alone, `Float[1 1 K]` in float32, without what it need not ask."""
+        mixing, product, packed, bias = self.hadamard, self.product, self.packed, self.bias
+        size, inputs, outputs = len(self.hadamard), self.in_features, self.out_features
+        mm, aminmax = torch.mm, torch.aminmax
+
+        def apply(x: Tensor) -> Tensor:
+            row = mm(x.view(-1, size), mixing).view(1, inputs)
+            least, most = aminmax(row)
+            y = product(row, max(most.item(), -least.item(), TINY) / 127, 128, packed)
+            return (y if bias is None else y.add_(bias)).view(1, 1, outputs)
+
+        return apply
+
     def _one(self, row: Float[Tensor, "1 K"]) -> Float[Tensor, "1 N"]:
         """The scale goes in as a number: half the operations, and one row is bound by their overhead."""
         row = blockwise(row, self.hadamard)
@@ -202,8 +285,8 @@ class Int8Linear(Prepared):
 
     def _some(self, rows: Float[Tensor, "R K"]) -> Float[Tensor, "R N"]:
         rows = blockwise(rows, self.hadamard)
-        scale = rows.abs().amax(-1, keepdim=True).div_(127).clamp_min_(TINY)
-        y = self.product(rows * scale.reciprocal(), 1.0, 128, self.packed).mul_(scale)
+        largest = rows.abs().amax(-1, keepdim=True).clamp_min_(TINY)
+        y = self.product(rows / largest, 1 / 127, 128, self.packed).mul_(largest)
         return y if self.bias is None else y.add_(self.bias)
 
 

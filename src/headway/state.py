@@ -54,11 +54,12 @@ class KeyValue:
         assert self.k is not None and self.v is not None and self.pos is not None
         if end > self.capacity:
             self._grow(max(end, 2 * self.capacity))
-        self.k[:, :, self.length : end] = k
-        self.v[:, :, self.length : end] = v
-        self.pos[:, self.length : end] = pos
+        at, new = self.length, k.shape[2]
+        self.k.narrow(2, at, new).copy_(k)  # in a step of decoding, indexing costs more than copying
+        self.v.narrow(2, at, new).copy_(v)
+        self.pos.narrow(1, at, new).copy_(pos)
         self.length, self.padded = end, self.padded or padded
-        return self.k[:, :, :end], self.v[:, :, :end], self.pos[:, :end]
+        return self.k.narrow(2, 0, end), self.v.narrow(2, 0, end), self.pos.narrow(1, 0, end)
 
     def _grow(self, capacity: int) -> None:
         assert self.k is not None and self.v is not None and self.pos is not None

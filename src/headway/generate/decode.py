@@ -20,7 +20,7 @@ from headway.layers import FeedForward, activate
 from headway.mixers.attention import Attention
 from headway.models import decoder
 from headway.positions import Learned, Positions, Rotary
-from headway.quantize import Prepared
+from headway.quantize import Int8Linear, Part, Prepared
 from headway.state import KeyValue, State
 
 Apply = Callable[[Tensor], Tensor]
@@ -73,7 +73,7 @@ def _block(
     if feedforward is None:
         return lambda x, pos, turns: after(x, mix(before(x), pos, turns))
     enter, leave = _around(feedforward)
-    apply = _feedforward(feedforward.inner)
+    apply = _feedforward(feedforward.inner, rows)
 
     def run(x: Tensor, pos: Tensor, turns: Turns) -> Tensor:
         x = after(x, mix(before(x), pos, turns))
@@ -100,15 +100,14 @@ def _own(mixer: nn.Module, state: State | None, rows: int) -> Callable[[Tensor, 
         or not flat._plain(mixer, sample)
     ):
         return lambda h, pos, turns: mixer(h, mask=flat.CAUSAL, pos=pos, state=state)
-    query, key_value, out = (_bare(m) for m in (mixer.query, mixer.key_value, mixer.out))
+    project, out = _projection(mixer, rows), _bare(mixer.out, rows)
     query_norm, key_norm = _bare(mixer.query_norm), _bare(mixer.key_norm)
     normed = not isinstance(mixer.query_norm, nn.Identity)
     heads, kv_heads, width, grouped = mixer.heads, mixer.kv_heads, mixer.head_dim, mixer.heads != mixer.kv_heads
-    half, scale = width // 2, mixer.scale
+    half, scale, sizes = width // 2, mixer.scale, (heads, kv_heads, kv_heads)
 
     def mix(h: Tensor, pos: Tensor, turns: Turns) -> Tensor:
-        q, kv = query(h).view(rows, heads, 1, width), key_value(h).view(rows, 2 * kv_heads, 1, width)
-        k, v = kv[:, :kv_heads], kv[:, kv_heads:]
+        q, k, v = project(h).view(rows, heads + 2 * kv_heads, 1, width).split(sizes, 1)
         if normed:
             q, k = query_norm(q), key_norm(k)
         if turns is not None:
@@ -122,10 +121,19 @@ def _own(mixer: nn.Module, state: State | None, rows: int) -> Callable[[Tensor, 
     return mix
 
 
-def _feedforward(inner: nn.Module) -> Apply:
+def _projection(mixer: Attention, rows: int) -> Apply:
+    """Queries, keys and values side by side."""
+    query, key_value = mixer.query, mixer.key_value
+    if isinstance(query, Part) and isinstance(key_value, Part) and not _watched(query, key_value, query.joint):
+        return _bare(query.joint.whole, rows)
+    of_queries, of_rest = _bare(query, rows), _bare(key_value, rows)
+    return lambda h: torch.cat([of_queries(h), of_rest(h)], -1)
+
+
+def _feedforward(inner: nn.Module, rows: int) -> Apply:
     if type(inner) is not FeedForward or _watched(inner, inner.enter, inner.leave):
         return inner
-    enter, leave, name = _bare(inner.enter), _bare(inner.leave), inner.activation
+    enter, leave, name = _bare(inner.enter, rows), _bare(inner.leave, rows), inner.activation
     if not inner.gated:
         return lambda x: leave(activate(enter(x), name))
 
@@ -136,8 +144,10 @@ def _feedforward(inner: nn.Module) -> Apply:
     return gated
 
 
-def _bare(module: nn.Module) -> Apply:
+def _bare(module: nn.Module, rows: int = 0) -> Apply:
     """The function of one tensor that `module` is; beyond what is exact, a root-mean-square norm in one pass."""
+    if isinstance(module, Int8Linear) and rows == 1 and module.weight.dtype == torch.float32 and not _watched(module):
+        return module.of_one()
     if isinstance(module, Prepared) and not _watched(module):
         return module.forward
     if type(module) is not nn.RMSNorm or _watched(module) or module.weight is None:
