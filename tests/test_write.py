@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from published import TINY, label
+from published import TINY, label, saved
 
 import headway
 from headway import families, models
@@ -248,3 +248,34 @@ def hub_build(config: dict[str, Any]) -> Loaded:
     found = families.read(config, "config.json")
     torch.manual_seed(0)
     return Loaded(models.build(found.spec), found.spec, tokenizer(), facts=found.facts)
+
+
+def test_ids_are_written_without_a_tokenizer() -> None:
+    bare = Loaded(loaded().net, loaded().spec, facts=loaded().facts)
+    ids = tokenizer().encode(PROMPTS[0]).ids
+    found = bare.generate([ids], max_tokens=5)[0]
+    assert found.ids == loaded().generate([ids], max_tokens=5)[0].ids and found.text == "" and found.tokens == []
+    with pytest.raises(ValueError, match="came without a tokenizer"):
+        bare.generate([ids], stop="x")
+
+
+def test_an_answer_ends_where_the_decoders_learned_positions_do() -> None:
+    case = next(case for case in TINY if case[0] == "bart")
+    model = headway.load(saved(case))
+    length = model.net.decoder.positions.length
+    model.facts = msgspec.structs.replace(model.facts, eos=(), forced_eos=None)
+    found = model.generate([[5, 6, 7]], max_tokens=10 * length)[0]
+    assert len(found.ids) == length and found.finish == "limit"
+
+
+def test_generation_config_tells_how_a_text_begins_and_ends() -> None:
+    told = {
+        "eos_token_id": [7, 8],
+        "decoder_start_token_id": 3,
+        "forced_bos_token_id": 4,
+        "bad_words_ids": [[5], [6, 7]],
+    }
+    facts = families.with_generation(Facts(eos=(8, 9)), told, "generation_config.json")
+    assert (facts.eos, facts.start, facts.forced_bos, facts.bad) == ((7, 8, 9), 3, 4, (5,))
+    with pytest.raises(ValueError, match="eos_token_id is an id or a list of them"):
+        families.with_generation(Facts(), {"eos_token_id": ["x"]}, "generation_config.json")

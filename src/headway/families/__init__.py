@@ -125,7 +125,10 @@ class Config:
     def ids(self, name: str) -> tuple[int, ...]:
         """One id or several."""
         found = self.take(name, [], (int, list))
-        return tuple(found) if isinstance(found, list) else (found,)
+        ids = tuple(found) if isinstance(found, list) else (found,)
+        if not all(type(i) is int for i in ids):
+            raise ValueError(f"{self.where}: {name} is an id or a list of them, not {found!r}")
+        return ids
 
     def original(self) -> dict[str, Any]:
         """The harmless fields that are there, for the way back."""
@@ -169,10 +172,13 @@ def with_generation(facts: Facts, told: dict[str, Any], where: object) -> Facts:
     ends, start = config.ids("eos_token_id"), config.take("decoder_start_token_id", facts.start, int)
     words = config.take("bad_words_ids", [], list)
     bad = tuple(ids[0] for ids in words if isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int)
-    if not all(type(end) is int for end in ends):
-        raise ValueError(f"{where}: eos_token_id is an id or a list of them, not {ends!r}")
     return msgspec.structs.replace(
-        facts, eos=tuple(dict.fromkeys((*ends, *facts.eos))), start=start, bad=tuple(dict.fromkeys((*facts.bad, *bad)))
+        facts,
+        eos=tuple(dict.fromkeys((*ends, *facts.eos))),
+        start=start,
+        bad=tuple(dict.fromkeys((*facts.bad, *bad))),
+        forced_bos=config.take("forced_bos_token_id", facts.forced_bos, int),
+        forced_eos=config.take("forced_eos_token_id", facts.forced_eos, int),
     )
 
 

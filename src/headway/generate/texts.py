@@ -16,9 +16,12 @@ UNFINISHED = "\ufffd"  # what half a character decodes to
 
 
 class Text:
-    """The text of one row, as far as it is certain: half a character and what may begin a stop string wait."""
+    """The text of one row, as far as it is certain: half a character and what may begin a stop string wait.
 
-    def __init__(self, tokenizer: PublishedTokenizer, stop: tuple[str, ...], before: Sequence[int] = ()) -> None:
+    Without a tokenizer there are ids alone, and the text is empty.
+    """
+
+    def __init__(self, tokenizer: PublishedTokenizer | None, stop: tuple[str, ...], before: Sequence[int] = ()) -> None:
         self.tokenizer, self.stop, self.before = tokenizer, stop, list(before[-8:])
         self.ids: list[int] = []
         self.log_probabilities: list[float] = []
@@ -26,7 +29,7 @@ class Text:
         self.lead = len(self._decode(self.before))
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids) if ids else ""
+        return self.tokenizer.decode(ids) if ids and self.tokenizer is not None else ""
 
     def add(self, id: int, log_probability: float, ended: bool) -> str:
         """Takes one token; returns what may be shown now."""
@@ -38,6 +41,16 @@ class Text:
         if found:
             self.text, self.stopped = self.text[: min(found)], True
         return self._show(self.text if ended or self.stopped else self._certain())
+
+    def keep(self, id: int, log_probability: float, ended: bool) -> None:
+        """Takes one token without reading it, where nobody watches and nothing stops it; `read` at the end."""
+        self.log_probabilities.append(log_probability)
+        if not ended:
+            self.ids.append(id)
+
+    def read(self) -> None:
+        """The text of what was kept."""
+        self.text = self._decode(self.before + self.ids)[self.lead :]
 
     def rest(self) -> str:
         """What waited, once nothing more comes."""
@@ -130,7 +143,9 @@ def ids_of(model: Loaded, prompt: Prompt, *, chat: bool = False, task: str | Non
 
 
 def _text(model: Loaded, prompt: Sequence[int], how: Options) -> Text:
-    return Text(model.tokenizer, how.stop, prompt if model.kind == "decoder" else ())
+    if model.source is None and how.stop:
+        raise ValueError("generate: stop strings are looked for in the text, and this model came without a tokenizer")
+    return Text(None if model.source is None else model.tokenizer, how.stop, prompt if model.kind == "decoder" else ())
 
 
 def _rows(model: Loaded, rows: list[list[int]], how: Options, numbers: Sequence[int]) -> list[Generation]:
@@ -140,7 +155,8 @@ def _rows(model: Loaded, rows: list[list[int]], how: Options, numbers: Sequence[
     token = next(writing, None)
     while token is not None:
         text = texts[token.row]
-        text.add(token.id, token.log_probability, token.ended)
+        take = text.add if how.stop else text.keep
+        take(token.id, token.log_probability, token.ended)
         if token.ended or text.stopped:
             finish[token.row] = "end" if token.ended else "stop"
             stopped.add(token.row)
@@ -148,10 +164,10 @@ def _rows(model: Loaded, rows: list[list[int]], how: Options, numbers: Sequence[
             token = writing.send(stopped)
         except StopIteration:
             break
+    for text in texts if not how.stop else []:
+        text.read()
     return [
-        Generation(
-            t.text, t.ids, model.tokenizer.tokens(t.ids), sum(t.log_probabilities), tuple(t.log_probabilities), why
-        )
+        Generation(t.text, t.ids, _pieces(model, t.ids), sum(t.log_probabilities), tuple(t.log_probabilities), why)
         for t, why in zip(texts, finish, strict=True)
     ]
 
@@ -163,4 +179,8 @@ def _whole(model: Loaded, prompt: Sequence[int], found: Written, how: Options) -
         if text.stopped:
             break
     why: Literal["end", "stop", "limit"] = "stop" if text.stopped else "end" if found.ended else "limit"
-    return Generation(text.text, text.ids, model.tokenizer.tokens(text.ids), sum(found.log_probabilities), (), why)
+    return Generation(text.text, text.ids, _pieces(model, text.ids), sum(found.log_probabilities), (), why)
+
+
+def _pieces(model: Loaded, ids: list[int]) -> list[str]:
+    return model.tokenizer.tokens(ids) if model.source is not None else []

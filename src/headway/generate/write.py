@@ -17,6 +17,8 @@ from torch import Tensor
 from headway.generate.sampling import Sampling, draw
 from headway.generate.writer import writer_of
 from headway.loaded import Loaded
+from headway.models import seq2seq
+from headway.positions import Learned
 from headway.spec import Size
 
 CROWDED = 0.75  # share of rows still going below which the others leave: it costs a copy
@@ -102,7 +104,10 @@ def room_for(model: Loaded, rows: Sequence[Sequence[int]], wanted: int) -> list[
         if not row:
             raise ValueError("cannot go on from an empty prompt: give at least one token")
         model.check_length(len(row) + (model.kind == "decoder"))
-    if limit is None or model.kind != "decoder":
+    if isinstance(model.net, seq2seq.Model):
+        place = model.net.decoder.positions
+        return [min(wanted, place.length) if isinstance(place, Learned) else wanted for _ in rows]
+    if limit is None:
         return [wanted for _ in rows]
     return [min(wanted, limit - len(row)) for row in rows]
 
