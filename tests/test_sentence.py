@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from published import TINY, label, saved
@@ -58,6 +59,20 @@ def test_minilm_means_are_those_of_sentence_transformers(minilm: Path) -> None:
     there = given.valid[..., None].float() if given.valid is not None else torch.ones(*given.ids.shape, 1)
     found = torch.nn.functional.normalize((hidden * there).sum(1) / there.sum(1), dim=-1)
     assert float((found - wanted).abs().max()) < 1e-5
+
+
+def test_a_folder_for_the_peers_keeps_how_a_vector_is_made(minilm: Path, tmp_path: Path) -> None:
+    peer = pytest.importorskip("sentence_transformers")
+    model = headway.load(minilm, "cpu")
+    model.facts = msgspec.structs.replace(model.facts, prefixes={"query": "query: "})
+    model.save(tmp_path / "new", format="transformers")
+    again, texts = headway.load(tmp_path / "new", "cpu"), ["A sentence.", "long " * 400]
+    kept = ("pooling", "normalize", "max_tokens", "prefixes")
+    assert [getattr(again.facts, name) for name in kept] == [getattr(model.facts, name) for name in kept]
+    theirs = peer.SentenceTransformer(str(tmp_path / "new"), device="cpu")
+    wanted = torch.tensor(theirs.encode(texts))
+    assert float((again.embed(texts, truncate=True) - wanted).abs().max()) < 1e-5
+    assert theirs.prompts["query"] == "query: "
 
 
 def test_loading_imports_no_compiler_and_no_other_library(minilm: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from headway import families, machine, models
 from headway.families import Published
-from headway.families._sentence import with_sentence
+from headway.families._sentence import sentence_files, with_sentence
 from headway.generate.answers import Generation, answer_all
 from headway.generate.texts import generate, options, stream
 from headway.heads import HeadSpec
@@ -182,6 +182,10 @@ def load(
 
 def _load(source: str | Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) -> Loaded:
     path = Path(source)
+    if not str(source).strip():
+        raise ValueError("load: an empty name: give a folder, a weights file, or a hub id (owner/name)")
+    if path.suffix.lower() == ".json":
+        raise ValueError(f"{path}: not weights: name the folder of the model, {path.parent}")
     if path.suffix.lower() == ".gguf":
         return _gguf(path, device, dtype, heads)
     if path.is_file():
@@ -354,6 +358,8 @@ def export(model: Loaded, folder: Path) -> None:
     files: dict[str, Any] = {"config.json": config}
     if isinstance(model.source, PublishedTokenizer):
         files |= model.source.files()
+    if model.kind in ("encoder", "decoder"):
+        files |= sentence_files(model.facts, spec["width"])
     if model.image is not None:
         from headway.image import to_published
 
@@ -361,6 +367,7 @@ def export(model: Loaded, folder: Path) -> None:
     with replacing(folder) as fresh:
         write_shards(fresh, published(model.net, found.rules))
         for name, record in files.items():
+            (fresh / name).parent.mkdir(exist_ok=True)
             (fresh / name).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 

@@ -41,7 +41,7 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         fresh.mkdir(parents=True)
         yield fresh
-        for file in (*fresh.iterdir(), fresh):
+        for file in (*fresh.rglob("*"), fresh):
             _flush(file)
         _swap(fresh, folder)
     except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by an error of its own
@@ -82,9 +82,9 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise ValueError(f"{file}: missing; use an older one or train anew") from None
+        raise ValueError(f"{file}: missing; get it again, or use an older one") from None
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{file}: not readable ({error}); use an older one or train anew") from None
+        raise ValueError(f"{file}: not readable ({error}); get it again, or use an older one") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -36,6 +36,25 @@ def with_sentence(facts: Facts, folder: Path) -> Facts:
     )
 
 
+def sentence_files(facts: Facts, width: int) -> dict[str, Any]:
+    """The way back: the files, by name, that say what `with_sentence` read; none where no pooling was told."""
+    if facts.pooling not in MODES.values():
+        return {}
+    kinds = ["Transformer", "Pooling", *(["Normalize"] if facts.normalize else [])]
+    modules = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    flags = {"cls_token": "first", "mean_tokens": "mean", "lasttoken": "last"}
+    pooling = {f"pooling_mode_{name}": ours == facts.pooling for name, ours in flags.items()}
+    return {
+        "modules.json": modules,
+        "1_Pooling/config.json": {"word_embedding_dimension": width, **pooling, "include_prompt": True},
+        "sentence_bert_config.json": {"max_seq_length": facts.max_tokens, "do_lower_case": False},
+        "config_sentence_transformers.json": {"prompts": facts.prefixes, "default_prompt_name": None},
+    }
+
+
 def _module(entry: Any, file: Path) -> tuple[str, str]:
     """The class of a module, and the folder of its configuration, which is inside."""
     kind, place = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
