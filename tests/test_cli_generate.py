@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from test_write import PROMPTS, loaded
 from typer.testing import CliRunner, Result
 
 from headway.cli import app
+from headway.commands.generate import _prompts
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +41,22 @@ def test_lines_of_a_file_or_a_pipe_are_answered_in_order(model: Path, tmp_path: 
     assert [r["prompt"] for r in records] == PROMPTS
     assert [r["text"] for r in records] == [e.text for e in expected]
     assert [r["log_probabilities"] for r in records] == [pytest.approx(e.log_probabilities, abs=1e-4) for e in expected]
+
+
+def test_many_answers_are_a_line_each(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headway.hub import Generation, Loaded
+
+    monkeypatch.setattr(
+        Loaded, "generate", lambda self, prompts, **how: [Generation("a\nb", [], [], 0.0, (), "end")] * 2
+    )
+    assert run(model, "x", "y").stdout == "x\ta\\nb\ny\ta\\nb\n"
+
+
+def test_a_pipe_of_other_bytes_is_refused_in_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = io.TextIOWrapper(io.BytesIO(b"the cat\ncaf\xe9\n"), "utf-8", "surrogateescape")  # as where LANG is unset
+    monkeypatch.setattr("sys.stdin", pipe)
+    with pytest.raises(ValueError, match="^standard input: not UTF-8 at byte 11; convert it with iconv$"):
+        _prompts(None, None)
 
 
 def test_a_seed_repeats_on_the_command_line(model: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -203,18 +204,38 @@ def test_a_bad_row_is_one_line_that_says_where_and_nothing_is_left(
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     done = run("embed", folders("BertModel"), file, "-o", tmp_path / "out.npy", "--pooling", "mean")
     assert done.code == 1 and said in done.err and done.err.count("\n") == 1, done.err
-    assert not (tmp_path / "out.npy").exists() and not (tmp_path / "out.npy.part.json").exists()
+    assert not list(tmp_path.glob("out.npy*"))
 
 
 def test_where_vectors_go_is_checked_before_any_work(run: Headway, folders: Any, tmp_path: Path) -> None:
     folder, file = folders("BertModel"), write_texts(tmp_path)["txt"]
     (tmp_path / "there.npy").write_bytes(b"precious")
-    for out, said in (("out.bin", "written to a .npy or .parquet file"), ("there.npy", "is there already")):
+    for out, said in (
+        ("out.bin", "written to a .npy or .parquet file"),
+        ("there.npy", "is there already"),
+        ("none/out.npy", "no such folder: make it"),
+    ):
         done = run("embed", folder, file, "-o", tmp_path / out, "--pooling", "mean")
         assert done.code == 1 and said in done.err
     assert (tmp_path / "there.npy").read_bytes() == b"precious"
     done = run("embed", folder, tmp_path / "none.txt", "-o", tmp_path / "out.npy")
     assert done.code == 1 and "none.txt: no such file" in done.err
+
+
+def test_the_bar_is_no_part_of_what_a_pipe_reads(run: Headway, folders: Any, tmp_path: Path) -> None:
+    done = run(
+        "embed", folders("BertModel"), write_texts(tmp_path)["txt"], "-o", tmp_path / "o.npy", "--pooling", "mean"
+    )
+    assert done.out == f"40 vectors of 32: {tmp_path / 'o.npy'}\n"
+
+
+def test_a_stopped_run_tells_every_option_that_it_had(
+    run: Headway, folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, file, out = folders("BertModel"), write_texts(tmp_path)["txt"], tmp_path / "out.npy"
+    stopped = stop(run, monkeypatch, folder, file, "-o", out, "--pooling", "mean", "--quantize", "int8")
+    again = shlex.split(stopped.err.partition("Go on with: headway ")[2])
+    assert run(*again).code == 0 and out.exists()
 
 
 def test_time_left_follows_the_work_of_this_run_alone(folders: Any, tmp_path: Path) -> None:
@@ -255,7 +276,41 @@ def test_a_folder_of_pictures_and_a_list_of_them_give_their_vectors(run: Headway
         np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), model.embed(paths[1:]).numpy(), atol=1e-6)
 
 
+def test_a_picture_is_known_by_its_name_and_refused_by_what_reads_texts(
+    run: Headway, folders: Any, tmp_path: Path
+) -> None:
+    paths, folder, out = draw(tmp_path / "pictures"), tmp_path / "dual", tmp_path / "out.npy"
+    dual(tmp_path).save(folder)
+    for wrong in (paths[0], tmp_path / "pictures"):
+        done = run("embed", folders("BertModel"), wrong, "-o", out, "--pooling", "mean")
+        assert done.code == 1 and "pictures, and this model reads texts" in done.err and done.err.count("\n") == 1
+    assert run("embed", folder, paths[0], "-o", out).code == 0 and np.load(out).shape == (1, 8)
+
+
 # --- the others
+
+
+def test_a_slip_with_a_file_is_not_taken_for_a_text(run: Headway, folders: Any, tmp_path: Path) -> None:
+    folder = folders("BertForQuestionAnswering")
+    for given, said in (("notes.txt", "no such file"), ("./notes", "no such file"), (tmp_path, "a folder")):
+        done = run("answer", folder, "-q", "who ?", "-c", given)
+        assert done.code == 1 and f"{given}: {said}; give a text file, or the text itself" in done.err
+    (tmp_path / "empty.txt").touch()
+    done = run("classify", folders("BertForSequenceClassification"), "--file", tmp_path / "empty.txt")
+    assert done.code == 1 and "empty.txt: nothing to classify, it has no rows" in done.err
+    assert "an empty name" in run("fill", "", "a [MASK]").err
+    config = folders("BertForMaskedLM") / "config.json"
+    assert f"name the folder of the model, {config.parent}" in run("fill", config, "a [MASK]").err
+
+
+def test_bytes_that_are_no_text_are_named(run: Headway, folders: Any) -> None:
+    done = run("fill", folders("BertForMaskedLM"), "caf\udce9 [MASK]")
+    assert done.code == 1 and "cannot encode: character 3 is half a character or a byte that is no UTF-8" in done.err
+
+
+def test_an_input_with_newlines_stays_one_line(run: Headway, folders: Any) -> None:
+    done = run("classify", folders("BertForSequenceClassification"), "the cat\tis\nred")
+    assert done.out.startswith("the cat is red\tLABEL_") and done.out.count("\n") == 1
 
 
 def test_fill_prints_what_the_model_says(run: Headway, folders: Any) -> None:

@@ -193,7 +193,7 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ([], {}, "the list is empty"),
     (["cat", " "], {}, "text 1 is empty"),
     ([3], {}, "input 0 is a int"),
-    (["cat"], {"pooling": None}, "does not say how its tokens become one vector: pooling= mean, first, last, pool"),
+    (["cat"], {"pooling": None}, "does not say how to make one vector of many: give pooling, mean, first, last, pool"),
     (["cat"], {"pooling": "median"}, "pooling is one of mean, first, last, pool, not 'median'"),
     (["cat"], {"batch_tokens": 0}, "batch_tokens is a number of tokens, 1 or more, not 0"),
 ]

@@ -82,7 +82,7 @@ class RowsLive:
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[count]}"),
             _Left(),
-            console=console,
+            console=Console(stderr=True),  # what is printed at the end is for a pipe
             refresh_per_second=4,
         )
         self.task = self.progress.add_task(title, total=1.0, count="", left=math.inf)

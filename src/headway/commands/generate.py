@@ -36,7 +36,8 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with log-probabilities.")] = False,
 ) -> None:
-    """Go on from a prompt, or answer it: as it is written, for one prompt; in batches, for many."""
+    """Go on from a prompt, or answer it. One prompt is shown as it is written; of many, each is a line at the end, with
+    the prompt before a tab and \\n for a newline."""
     given: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "stop": tuple(stop or ()) or None, "seed": seed,
@@ -54,7 +55,7 @@ def generate(
         if as_json:
             typer.echo(json.dumps({"prompt": prompt, **found._asdict()}, ensure_ascii=False))
         else:
-            typer.echo(found.text if len(asked) == 1 else f"{prompt}\t{found.text}")
+            typer.echo(found.text if len(asked) == 1 else f"{prompt}\t{found.text}".replace("\n", "\\n"))
 
 
 def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
@@ -65,12 +66,12 @@ def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     if file is None and sys.stdin.isatty():
         raise ValueError("generate: nothing to go on from: give a prompt, --file FILE, or pipe lines in")
     try:
-        text = sys.stdin.read() if file is None else file.read_text("utf-8")
+        text = (sys.stdin.buffer.read() if file is None else file.read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{file or 'standard input'}: not UTF-8 at byte {error.start}; convert it with iconv"
         ) from None
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{file or 'standard input'}: holds no prompt")
     return lines

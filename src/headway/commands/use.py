@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def embed(
     try:
         with RowsLive(file.name) as live:
             rows, width = embed_file(
-                loaded, file, out, field=field, images=images or file.is_dir(), resume=resume, watch=live.watch,
+                loaded, file, out, field=field, images=images, resume=resume, watch=live.watch,
                 pooling=pooling, normalize=normalize, task=task, truncate=truncate, batch_tokens=batch_tokens,
                 quantize=quantize,
             )  # fmt: skip
@@ -111,10 +112,14 @@ def classify(
     else:
         given = iter([[Path(one) if pictured else one for one in inputs or []]])
     names = None if labels is None else [label.strip() for label in labels.split(",")]
+    empty = True
     for part in given:
+        empty = False
         results = loaded.classify(part, names, top=top, template=template, truncate=truncate)
         for one, found in zip(part, results, strict=True):
             typer.echo(_classified(str(one), found, as_json, top or 1))
+    if empty:
+        raise ValueError(f"{file}: nothing to classify, it has no rows")
 
 
 def answer(
@@ -174,6 +179,7 @@ def _given(options: dict[str, Any]) -> list[str]:
         "task": None,
         "batch_tokens": None,
         "dtype": "float32",
+        "quantize": None,
     }.items():
         if options[name] != default:
             words += [f"--{name.replace('_', '-')}", str(options[name])]
@@ -185,22 +191,29 @@ def _given(options: dict[str, Any]) -> list[str]:
 
 def _classified(name: str, found: Any, as_json: bool, top: int) -> str:
     """One line: of a text or picture as a whole, or of its words."""
+    shown_as = name if as_json else " ".join(name.split())  # a tab or a newline of its own would break the line
     if isinstance(found, list):
         if as_json:
             return _line({"input": name, "spans": [span._asdict() for span in found]})
-        return "\t".join([name, *(f"{span.label} {span.text} {span.probability:.1%}" for span in found)])
+        return "\t".join(
+            [shown_as, *(f"{span.label} {' '.join(span.text.split())} {span.probability:.1%}" for span in found)]
+        )
     if as_json:
         return _line({"input": name, **found._asdict()})
     shown = list(found.probabilities.items())[:top]
-    return "\t".join([name, *(f"{label}\t{p:.1%}" for label, p in shown)])
+    return "\t".join([shown_as, *(f"{label}\t{p:.1%}" for label, p in shown)])
 
 
 def _text(given: str) -> str:
-    """What a file holds, where it names one, else the words themselves."""
+    """What a file holds, where it names one, else the words themselves; one word with a file's ending is a slip."""
     try:
-        is_file = Path(given).is_file()
+        is_file, is_folder = Path(given).is_file(), bool(given) and Path(given).is_dir()
     except (OSError, ValueError):  # too long for a name
-        is_file = False
+        is_file = is_folder = False
+    if is_folder or (not is_file and re.fullmatch(r"\S+\.[a-z]{1,4}|[.~]{0,2}/\S+", given)):
+        raise ValueError(
+            f"{given}: {'a folder' if is_folder else 'no such file'}; give a text file, or the text itself"
+        )
     if not is_file:
         return given
     try:

@@ -40,7 +40,7 @@ def writer_of(model: Loaded, rows: Sequence[Sequence[int]], room: int) -> Writer
         return _Decoder(model, rows, room)
     if isinstance(model.net, seq2seq.Model):
         return _Seq2Seq(model, rows, room)
-    raise ValueError(f"a {model.kind} does not write: generate needs a decoder or an encoder-decoder")
+    raise ValueError(f"this model ({model.kind}) does not write: generate needs a decoder or an encoder-decoder")
 
 
 class _Decoder:

@@ -57,7 +57,7 @@ def classify(
             raise ValueError("classify: a model with two towers has no labels of its own: give labels=['cat', 'dog']")
         return _by_labels(model, inputs, labels, template, top, watch)
     if labels is not None:
-        raise ValueError(f"classify: labels are for models with two towers; this {model.kind} has its own")
+        raise ValueError(f"classify: labels are for models with two towers; this {model.kind} model has its own")
     heads = getattr(model.net, "heads", {})
     if "classify" in heads:
         return _sequences(model, inputs, top, truncate, watch)

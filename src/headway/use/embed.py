@@ -81,7 +81,7 @@ def pooling_of(model: Loaded, pooling: str | None) -> str:
     heads = [name for name, head in getattr(model.net, "heads", {}).items() if head.spec.pool != "none"]
     choices = ", ".join([*POOLS, *heads])
     if how is None:
-        raise ValueError(f"embed: this checkpoint does not say how its tokens become one vector: pooling= {choices}")
+        raise ValueError(f"embed: this checkpoint does not say how to make one vector of many: give pooling, {choices}")
     if how not in POOLS and how not in heads:
         raise ValueError(f"embed: pooling is one of {choices}, not {how!r}")
     return how

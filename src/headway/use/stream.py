@@ -24,7 +24,7 @@ from headway.loaded import Loaded
 from headway.spec import Strict, convert
 from headway.store import read_json, write_text
 from headway.use.embed import embed
-from headway.use.rows import Pictures, Scan, Source, Texts, chunks
+from headway.use.rows import PICTURES, Pictures, Scan, Source, Texts, chunks
 
 TYPE = np.dtype("<f4")
 ROW_GROUP = 8192  # rows of a Parquet file's group
@@ -76,13 +76,18 @@ def embed_file(
     if out.suffix.lower() == ".parquet":
         _pyarrow(out)
     part, record = out.with_name(f"{out.name}.part"), out.with_name(f"{out.name}.part.json")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: no such folder: make it, or name another")
     if out.exists():
         raise ValueError(f"{out}: is there already: remove it, or name another file")
     if record.exists() and not resume:
         raise ValueError(
             f"{part}: a run was stopped here: --resume goes on with it; to start anew, remove {record.name}"
         )
-    pictured = images or model.kind == "vision"
+    listed = images or file.is_dir() or file.suffix.lower() in PICTURES
+    if listed and model.kind not in ("vision", "dual"):
+        raise ValueError(f"{file}: pictures, and this model reads texts: name a file of texts")
+    pictured = listed or model.kind == "vision"
     source: Source = Pictures(file, field) if pictured else Texts(file, field)
     scan = source.scan()
     if not scan.rows:
@@ -95,7 +100,11 @@ def embed_file(
     )
     if resume and record.exists():
         state = _checked(convert(read_json(record, dict), State, str(record)), state, part, file)
-    state = _write(model, source, part, record, state, how, _Pace(source, scan, state.rows, watch))
+    try:
+        state = _write(model, source, part, record, state, how, _Pace(source, scan, state.rows, watch))
+    finally:
+        if not record.exists():  # not one chunk is whole: there is nothing to go on with
+            part.unlink(missing_ok=True)
     _finish(source, out, part, state, "path" if pictured else field)
     record.unlink(missing_ok=True)
     return state.total, state.width

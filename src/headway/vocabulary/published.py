@@ -219,6 +219,7 @@ class PublishedTokenizer:
 
     def _run(self, core: "tokenizers.Tokenizer", text: str, pair: str | None, specials: bool) -> Encoding:
         with naming("cannot encode"):
+            _refuse_bytes(text, pair)
             found = core.encode(text, pair, add_special_tokens=specials)
         return Encoding(found.ids, found.type_ids, found.offsets, found.sequence_ids)
 
@@ -235,6 +236,13 @@ class PublishedTokenizer:
         if wrong is not None:
             raise ValueError(f"id {wrong} is outside this tokenizer's {self.vocab} ids (0 to {self.vocab - 1})")
         return ids
+
+
+def _refuse_bytes(*texts: str | None) -> None:
+    """Half a character, which is what a shell's bytes become where they are no UTF-8, has no bytes to be encoded."""
+    for text in texts:
+        if isinstance(text, str) and (found := re.search("[\ud800-\udfff]", text)):
+            raise ValueError(f"character {found.start()} is half a character or a byte that is no UTF-8: leave it out")
 
 
 def _from_json(data: bytes, where: Path | str) -> "tokenizers.Tokenizer":
