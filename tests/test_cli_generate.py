@@ -55,7 +55,7 @@ def test_many_answers_are_a_line_each(model: Path, monkeypatch: pytest.MonkeyPat
 def test_a_pipe_of_other_bytes_is_refused_in_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = io.TextIOWrapper(io.BytesIO(b"the cat\ncaf\xe9\n"), "utf-8", "surrogateescape")  # as where LANG is unset
     monkeypatch.setattr("sys.stdin", pipe)
-    with pytest.raises(ValueError, match="^standard input: not UTF-8 at byte 11; convert it with iconv$"):
+    with pytest.raises(ValueError, match=r"^standard input: not UTF-8 at byte 11; convert it with iconv$"):
         _prompts(None, None)
 
 

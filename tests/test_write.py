@@ -17,7 +17,7 @@ from published import TINY, label, saved
 import headway
 from headway import families, models
 from headway.generate.sampling import Sampling, draw
-from headway.generate.texts import Text
+from headway.generate.texts import Text, ids_of
 from headway.hub import Loaded
 from headway.loaded import Facts
 from headway.quantize import is_prepared
@@ -216,6 +216,21 @@ def test_one_text_or_none_is_refused() -> None:
     with pytest.raises(ValueError, match="empty prompt"):
         loaded().generate([""])
     assert loaded().generate([]) == []
+
+
+def test_what_is_no_prompt_no_batch_and_no_device_is_one_line(tmp_path: Path) -> None:
+    model = loaded()
+    for call, said in (
+        (lambda: ids_of(model, None), "a prompt is a text, messages of a chat, or ids, not None"),
+        (lambda: ids_of(model, ["a"]), "a prompt is a text, messages of a chat, or ids, not \\['a'\\]"),
+        (lambda: model.generate(["a"], batch=0), "batch is how many prompts go together, 1 or more, not 0"),
+        (lambda: model.hidden(torch.tensor([[1, 10**6]])), "id 1000000 is outside this model's"),
+        (lambda: model.hidden(torch.tensor([[1, -1]])), "id -1 is outside this model's"),
+        (lambda: headway.load(tmp_path, "tpu"), "no device 'tpu' here"),
+    ):
+        with pytest.raises(ValueError, match=said) as refused:
+            call()
+        assert "\n" not in str(refused.value)
 
 
 def test_ids_may_be_given_instead_of_text() -> None:

@@ -174,6 +174,12 @@ def load(
         raise ValueError(f"load: dtype is {', '.join(DTYPES)}, not {dtype!r}")
     if quantize not in (None, "int8"):
         raise ValueError(f"load: quantize is int8 or nothing, not {quantize!r}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"load: no device {str(device)!r} here ({str(error).splitlines()[0]:.80}); try 'cpu'"
+        ) from None
     model = _load(source, device or machine.device(), dtype, heads)
     if quantize is not None:
         model.pack(quantize)

@@ -134,7 +134,8 @@ class Loaded:
     def check_length(self, tokens: int, text: str = "") -> None:
         """Refuses what is longer than the model takes."""
         if self.max_tokens is not None and tokens > self.max_tokens:
-            raise ValueError(f"{text[:40]!r} has {tokens} tokens; this model takes {self.max_tokens}: shorten it")
+            what = repr(text[:40]) if text else "the input"
+            raise ValueError(f"{what} has {tokens} tokens; this model takes {self.max_tokens}: shorten it")
 
     def inputs(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, truncate: bool = False) -> Inputs:
         """A batch of texts, or of pairs of texts, with the specials that the checkpoint puts around them.
@@ -261,6 +262,11 @@ class Loaded:
         if not isinstance(inputs, Tensor):
             return self.inputs(list(inputs))
         self.check_length(inputs.shape[1])
+        vocab = self.spec.get("vocab", self.spec.get("source_vocab"))
+        if vocab and inputs.numel() and not 0 <= (wrong := int(inputs.min())) <= (most := int(inputs.max())) < vocab:
+            raise ValueError(
+                f"id {wrong if wrong < 0 else most} is outside this model's {vocab} ids (0 to {vocab - 1})"
+            )
         return Inputs(inputs.to(self.device), None if valid is None else valid.to(self.device), None)
 
     @property

@@ -90,6 +90,8 @@ def generate(
     """One text for each prompt, in order; batching changes no answer."""
     if isinstance(prompts, str):
         raise ValueError(f"generate takes a list of prompts, not one: generate([{prompts[:40]!r}])")
+    if batch < 1:
+        raise ValueError(f"generate: batch is how many prompts go together, 1 or more, not {batch}")
     rows = [ids_of(model, prompt, chat=chat, task=task) for prompt in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: dict[int, Generation] = {}
@@ -122,15 +124,19 @@ def stream(
         yield piece
 
 
-def ids_of(model: Loaded, prompt: Prompt, *, chat: bool = False, task: str | None = None) -> list[int]:
+def ids_of(model: Loaded, prompt: Any, *, chat: bool = False, task: str | None = None) -> list[int]:
     """The ids of a prompt: `chat` puts it into the checkpoint's template, `task` puts the task's prefix before it."""
-    if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
+    if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
         return [int(i) for i in prompt]  # type: ignore[arg-type]
     if task is not None:
         if task not in model.facts.prefixes or not isinstance(prompt, str):
             there = ", ".join(model.facts.prefixes) or "none"
             raise ValueError(f"generate: no prefix for the task '{task}'; this checkpoint names {there}")
         prompt = model.facts.prefixes[task] + prompt
+    if not isinstance(prompt, str) and not (
+        isinstance(prompt, Sequence) and all(isinstance(m, Mapping) for m in prompt)
+    ):
+        raise ValueError(f"generate: a prompt is a text, messages of a chat, or ids, not {prompt!r:.60}")
     if chat or not isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return model.tokenizer.chat_ids(messages)
