@@ -105,6 +105,42 @@ def figures() -> str:
     return "\n".join(lines).strip()
 
 
+def published() -> str:
+    record = read("published")
+    rows = [row for part in ("gpt2", "smollm2", "minilm") for row in record.get(part, [])]
+    if not rows:
+        return "Not measured yet."
+    lines = ["| | Headway, a second | beside | a second | faster | at least | peak MiB, ours and theirs |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        bar = f"{row['bar']:g}x{'' if row['met'] else ', missed'}"
+        ours, theirs = row["ours_per_second"], row["peer_per_second"]
+        lines.append(
+            f"| {row['what']} | {ours:,.0f} | {row['peer']} | {theirs:,.0f} "
+            f"| {row['ratio']:.2f}x | {bar} | {row['ours_mib']:,.0f}, {row['peer_mib']:,.0f} |"
+        )
+    words = [
+        f"Tokens a second (MiniLM: texts); decoding writes {record['new_tokens']} tokens behind 64; medians of rounds "
+        "in turn, each side a process of its own. GPT-2's weights are random, the others real."
+    ]
+    if quality := record.get("quality"):
+        int8 = quality["int8"]
+        words.append(
+            f"SmolLM2 on {quality['tokens']:,} tokens of prose: perplexity {quality['fp32']['perplexity']:.2f} in "
+            f"fp32, {int8['perplexity']:.2f} in int8 ({int8['perplexity_over_fp32'] - 1:+.1%}), whose likeliest token "
+            f"is fp32's {int8['greedy_agreement']:.1%} of the time."
+        )
+    words += [
+        f"MiniLM in int8 keeps a cosine of {row['ours_cosine']:.4f} with fp32 (CTranslate2 {row['peer_cosine']:.4f})."
+        for row in record.get("minilm", []) if "int8" in row["what"]
+    ]  # fmt: skip
+    words += [
+        f"{row['what']}: {row['ours_seconds']:.1f} s, {row['peer']} {row['peer_seconds']:.1f} s." for row in
+        record.get("start", [])
+    ]  # fmt: skip
+    return "\n".join([*lines, "", " ".join([*words, f"{machine(record)}. `bench/published.py`"])])
+
+
 def mixers() -> str:
     record = read("mixers")
     if not record:
@@ -174,7 +210,7 @@ def limit(row: dict[str, Any]) -> str:
 
 def fill(text: str) -> str:
     """A page with its marked tables made anew."""
-    made = {"demo": demo(), "figures": figures(), "mixers": mixers(), "limits": limits()}
+    made = {"demo": demo(), "figures": figures(), "published": published(), "mixers": mixers(), "limits": limits()}
     for name, table in made.items():
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S

