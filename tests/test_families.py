@@ -91,3 +91,24 @@ def test_a_field_that_nobody_knows_is_refused_by_name(case: tuple[str, int]) -> 
         families.read({**config, "zzz_scale": 2.0}, "config.json")
     with pytest.raises(ValueError, match="auto_map asks to run code"):
         families.read({**config, "auto_map": {"AutoModel": "evil.Model"}}, "config.json")
+
+
+BARE = [case for case in TINY if label(case).split("-")[0] in ("BertModel", "RobertaModel", "GPT2Model", "LlamaModel")]
+
+
+@pytest.mark.parametrize("case", BARE, ids=label)
+def test_a_new_head_goes_to_transformers_in_its_form_or_not_at_all(case: tuple[str, int], tmp_path: Path) -> None:
+    import transformers
+
+    ours = headway.load(saved(case), heads={"tokens": {"outputs": 5}})
+    ours.save(tmp_path / "new", format="transformers")
+    theirs = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "new").eval()
+    ids, _ = ids_and_padding(ours.spec["vocab"], 2, 9, "none")
+    close(ours.logits(ids), theirs(ids).logits.detach())
+    assert torch.equal(headway.load(tmp_path / "new").logits(ids), ours.logits(ids))
+    other = headway.load(
+        saved(case), heads={"classify": {"pool": "mean", "dense": True, "activation": "silu", "outputs": 2}}
+    )
+    with pytest.raises(ValueError, match=r"has a head 'classify' with .*give the new head that form"):
+        other.save(tmp_path / "other", format="transformers")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new"]

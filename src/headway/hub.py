@@ -361,6 +361,7 @@ def export(model: Loaded, folder: Path) -> None:
     family = families.family(model.facts.family)
     config = family.write(spec, model.facts)
     found = families.read(config, "config.json")
+    _same_heads(spec.get("heads", {}), msgspec.to_builtins(found.spec).get("heads", {}), config)
     files: dict[str, Any] = {"config.json": config}
     if isinstance(model.source, PublishedTokenizer):
         files |= model.source.files()
@@ -375,6 +376,19 @@ def export(model: Loaded, folder: Path) -> None:
         for name, record in files.items():
             (fresh / name).parent.mkdir(exist_ok=True)
             (fresh / name).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _same_heads(ours: dict[str, Any], theirs: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuses a new head that the other library would compute otherwise; what its outputs are called is the user's."""
+    import msgspec
+
+    for name, head in ours.items():
+        own, other = (msgspec.structs.asdict(convert(one, HeadSpec, name)) for one in (head, theirs.get(name, {})))
+        wrong = {key: value for key, value in other.items() if key != "labels" and own[key] != value}
+        if wrong:
+            needs = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
+            raise ValueError(f"save: transformers' {config['architectures'][0]} has a head {name!r} with {needs}: "
+                             "give the new head that form, or save with format='headway'")  # fmt: skip
 
 
 def safe_name(name: str) -> str:

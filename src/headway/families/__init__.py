@@ -195,8 +195,10 @@ def published_activation(ours: str) -> str:
 
 
 def published_labels(spec: dict[str, Any]) -> dict[str, Any]:
-    """`id2label` and `label2id` of the first head that has labels; nothing where none has."""
+    """`id2label` and `label2id` of the first head that has labels, or of a classifier, which has as many as outputs."""
     labels = next((head["labels"] for name, head in spec["heads"].items() if head.get("labels") and name != "next"), ())
+    outputs = next((spec["heads"][name]["outputs"] for name in ("classify", "tokens") if name in spec["heads"]), 0)
+    labels = labels or [f"LABEL_{i}" for i in range(outputs)]
     if not labels:
         return {}
     named = {str(i): name for i, name in enumerate(labels)}
