@@ -2,7 +2,7 @@
 
 Every side is a process of its own that loads once and then waits; rounds go in turn (A B A B ...), so that a drifting
 machine hits all of them. GPT-2's weights are random (speed does not depend on them; none can be had offline), SmolLM2's
-and MiniLM's are real. `--only PART` runs one part of: gpt2, smollm2, minilm, quality, start.
+and MiniLM's are real. `--only PART` runs one part of: gpt2, smollm2, minilm, quality, start, profile.
 """
 
 from __future__ import annotations
@@ -460,8 +460,56 @@ def start() -> list[Any]:
     return rows
 
 
+GROUPS = {"quantized::": "int8 products", "scaled_dot_product": "attention", "aten::mm": "spreading of outliers",
+          "layer_norm": "norms"}  # fmt: skip
+
+
+def profiled() -> dict[str, Any]:
+    """Where SmolLM2's time goes in int8: shares of the operations' own time, by torch.profiler, beside the time of a
+    step without it; and how long its weights take to be read once at the best speed that memory shows here."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    import headway
+    from headway.generate.writer import writer_of
+    from headway.quantize import nbytes
+
+    model = headway.load(site(SMOL), quantize="int8")
+    large = torch.ones(2**28, dtype=torch.int8)
+    view = large.view(torch.int64)
+    read = min(timed(lambda: view.sum()) for _ in range(9))
+    found: dict[str, Any] = {"read_gb_s": large.numel() / read / 1e9, "weights_mib": nbytes(model.net) / 2**20}
+    for what, rows, length in (("a step, batch 1", 1, 64), ("a step, batch 8", 8, 64), ("prefill of 512", 1, 512)):
+        asked = prompt(49152, rows, length)
+        if length == 512:
+            run: Callable[[], Any] = lambda asked=asked: writer_of(model, asked, 1).first()
+        else:
+            writer = writer_of(model, asked, 256)
+            writer.first()
+            ids = torch.full((rows,), 7)
+            run = lambda writer=writer, ids=ids: writer.next(ids)
+        seconds = statistics.median(timed(run) for _ in range(20 if length < 512 else 5))
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            run()
+        spent: dict[str, float] = {}
+        for event in seen.key_averages():
+            group = next((name for key, name in GROUPS.items() if key in event.key), "all else")
+            spent[group] = spent.get(group, 0.0) + event.self_cpu_time_total
+        total = sum(spent.values())
+        found[what] = {"ms": 1000 * seconds, "shares": {name: part / total for name, part in spent.items()},
+                       "operations": sum(event.count for event in seen.key_averages())}  # fmt: skip
+    print(json.dumps(found), file=sys.stderr, flush=True)
+    return found
+
+
+def timed(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
 PARTS: dict[str, Callable[[], Any]] = {
-    "gpt2": gpt2, "smollm2": smollm2, "minilm": embedding, "quality": quality, "start": start,
+    "gpt2": gpt2, "smollm2": smollm2, "minilm": embedding, "quality": quality, "start": start, "profile": profiled,
 }  # fmt: skip
 
 

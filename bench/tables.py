@@ -141,6 +141,25 @@ def published() -> str:
     return "\n".join([*lines, "", " ".join([*words, f"{machine(record)}. `bench/published.py`"])])
 
 
+def decoding() -> str:
+    record = read("published").get("profile")
+    if not record:
+        return "Not measured yet."
+    least = record["weights_mib"] * 2**20 / record["read_gb_s"] / 1e6
+    lines = ["| SmolLM2-135M in int8 | ms | operations | what the time goes to |", "|---|---|---|---|"]
+    for what, row in record.items():
+        if isinstance(row, dict):
+            ordered = sorted(row["shares"].items(), key=lambda share: -share[1])
+            spent = ", ".join(f"{name} {share:.0%}" for name, share in ordered)
+            lines.append(f"| {what} | {row['ms']:.1f} | {row['operations']:,} | {spent} |")
+    lines += [
+        "",
+        f"Reading its {record['weights_mib']:.0f} MiB of weights once takes {least:.1f} ms at the "
+        f"{record['read_gb_s']:.0f} GB/s that a large sum reads here. `bench/published.py --only profile`",
+    ]
+    return "\n".join(lines)
+
+
 def mixers() -> str:
     record = read("mixers")
     if not record:
@@ -210,7 +229,14 @@ def limit(row: dict[str, Any]) -> str:
 
 def fill(text: str) -> str:
     """A page with its marked tables made anew."""
-    made = {"demo": demo(), "figures": figures(), "published": published(), "mixers": mixers(), "limits": limits()}
+    made = {
+        "demo": demo(),
+        "figures": figures(),
+        "published": published(),
+        "decoding": decoding(),
+        "mixers": mixers(),
+        "limits": limits(),
+    }
     for name, table in made.items():
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.S

@@ -44,12 +44,23 @@ def test_lines_of_a_file_or_a_pipe_are_answered_in_order(model: Path, tmp_path: 
 
 
 def test_many_answers_are_a_line_each(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headway.hub import Generation, Loaded
+    from headway.generate import texts
 
-    monkeypatch.setattr(
-        Loaded, "generate", lambda self, prompts, **how: [Generation("a\nb", [], [], 0.0, (), "end")] * 2
-    )
+    def write(model: object, prompts: list[str], how: object, **named: object) -> list[texts.Generation]:
+        return [texts.Generation("a\nb", [], [], 0.0, (), "end") for _ in prompts]
+
+    monkeypatch.setattr(texts, "generate", write)
     assert run(model, "x", "y").stdout == "x\ta\\nb\ny\ta\\nb\n"
+
+
+def test_what_was_answered_is_printed_before_a_later_prompt_fails(model: Path, tmp_path: Path) -> None:
+    prompts = [*PROMPTS * 9, "too long for sixty-four places " * 9]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), "utf-8")
+    done = run(model, "--file", tmp_path / "prompts.txt", "-n", 3, "--temperature", 2, "--json")
+    assert "this model takes 64" in str(done.exception)
+    said = [json.loads(line)["ids"] for line in done.stdout.splitlines()]
+    drawn = loaded(ends=()).generate(prompts[:36], max_tokens=3, temperature=2.0)
+    assert len(said) == 32 and said == [one.ids for one in drawn][:32]
 
 
 def test_a_pipe_of_other_bytes_is_refused_in_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,12 @@ def test_real_and_hard_texts_are_as_in_transformers(pair: Pair) -> None:
         same(*pair, text, other)
 
 
+def test_many_texts_at_once_are_as_each_alone(pair: Pair) -> None:
+    spelt = [*TEXTS, *(f"a {special} b" for special in sorted(pair[0].specials))]
+    alone = [pair[0].encode(text) for text in spelt]
+    assert pair[0].encode_all(spelt) == [(one.ids, one.types) for one in alone]
+
+
 @given(text=words, other=words | st.none())
 def test_any_text_is_as_in_transformers(pair: Pair, text: str, other: str | None) -> None:
     same(*pair, text, other)

@@ -286,7 +286,9 @@ class Loaded:
                 )
             if quantize is None and self.dtype not in (torch.float32, torch.bfloat16):
                 return
-            prepare(self.net, quantize, self.dtype)
+            # where many tokens go together, spreading outliers costs time, and vectors need it less than likelihoods do
+            mix = {"mix": 1} if self.kind in ("encoder", "vision", "dual") else {}
+            prepare(self.net, quantize, self.dtype, **mix)
 
     def unpack(self) -> None:
         """The weights as PyTorch holds them: to train, change or save them."""

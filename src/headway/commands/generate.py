@@ -12,6 +12,8 @@ import typer
 if TYPE_CHECKING:
     from headway.hub import Loaded
 
+TOGETHER = 32  # prompts answered before anything is printed: what is printed is not lost when a later one fails
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="A model's folder, a weights or GGUF file, or a hub id (owner/name).")],
@@ -36,26 +38,31 @@ def generate(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, with log-probabilities.")] = False,
 ) -> None:
-    """Go on from a prompt, or answer it. One prompt is shown as it is written; of many, each is a line at the end, with
-    the prompt before a tab and \\n for a newline."""
+    """Go on from a prompt, or answer it. One prompt is shown as it is written; of many, each is a line once its group
+    is done, with the prompt before a tab and \\n for a newline."""
     given: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "stop": tuple(stop or ()) or None, "seed": seed,
     }  # fmt: skip
     asked = _prompts(prompts, file)
+    from headway.generate.texts import generate as write
     from headway.generate.texts import options
     from headway.hub import load
 
-    options({**given, "beams": beams})  # a mistake costs no loading
+    how = options({**given, "beams": beams})  # a mistake costs no loading
     loaded = load(model, dtype=dtype, quantize=quantize)
     if len(asked) == 1 and not as_json and beams == 1:
         _as_it_comes(loaded, asked[0], given, chat, task)
         return
-    for prompt, found in zip(asked, loaded.generate(asked, beams=beams, chat=chat, task=task, **given), strict=True):
-        if as_json:
-            typer.echo(json.dumps({"prompt": prompt, **found._asdict()}, ensure_ascii=False))
-        else:
-            typer.echo(found.text if len(asked) == 1 else f"{prompt}\t{found.text}".replace("\n", "\\n"))
+    loaded.pack()
+    for at in range(0, len(asked), TOGETHER):
+        part = asked[at : at + TOGETHER]
+        for prompt, found in zip(part, write(loaded, part, how, chat=chat, task=task, first=at), strict=True):
+            if as_json:
+                typer.echo(json.dumps({"prompt": prompt, **found._asdict()}, ensure_ascii=False))
+            else:
+                typer.echo(found.text if len(asked) == 1 else f"{prompt}\t{found.text}".replace("\n", "\\n"))
+        sys.stdout.flush()
 
 
 def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:

@@ -86,8 +86,10 @@ def generate(
     chat: bool = False,
     task: str | None = None,
     batch: int = 8,
+    first: int = 0,
 ) -> list[Generation]:
-    """One text for each prompt, in order; batching changes no answer."""
+    """One text for each prompt, in order; batching changes no answer. `first`: the number of the first prompt, where
+    they are a part of more, for each one's randomness."""
     if isinstance(prompts, str):
         raise ValueError(f"generate takes a list of prompts, not one: generate([{prompts[:40]!r}])")
     if batch < 1:
@@ -101,7 +103,9 @@ def generate(
                 answers = beams(model, [rows[i] for i in group], how)
                 found |= {i: _whole(model, rows[i], answer, how) for i, answer in zip(group, answers, strict=True)}
             else:
-                found |= zip(group, _rows(model, [rows[i] for i in group], how, group), strict=True)
+                found |= zip(
+                    group, _rows(model, [rows[i] for i in group], how, [first + i for i in group]), strict=True
+                )
     return [found[i] for i in range(len(rows))]
 
 

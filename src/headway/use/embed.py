@@ -124,8 +124,8 @@ def _tower(
         for rows, pixels in pictures(model, inputs, "embed", watch=watch):
             yield rows, compute(net.head, "project", compute(net, pixels))
         return
-    found = [model.tokenizer.encode(text) for text in inputs]
-    fitted = [model.fitted(e.ids, e.types, text, truncate) for e, text in zip(found, inputs, strict=True)]
+    found = model.tokenizer.encode_all(inputs)
+    fitted = [model.fitted(ids, kinds, text, truncate) for (ids, kinds), text in zip(found, inputs, strict=True)]
     ids, types = [one for one, _ in fitted], [kinds for _, kinds in fitted]
     for group in passes(model, ids, types, net=net, batch_tokens=batch_tokens, watch=watch):
         yield group.rows, compute(net.head, "project", group.hidden, group.ids, group.valid)

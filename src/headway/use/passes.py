@@ -70,9 +70,8 @@ def groups(
 ) -> Iterator[Group]:
     """The hidden states of texts, groups in no given order. `task`: the head that will read them (global tokens)."""
     rows, types = [], []
-    for text in texts:
-        one = model.tokenizer.encode(text)
-        ids, kinds = model.fitted(one.ids, one.types, text, truncate)
+    for text, (ids, kinds) in zip(texts, model.tokenizer.encode_all(texts), strict=True):
+        ids, kinds = model.fitted(ids, kinds, text, truncate)
         rows.append(ids)
         types.append(kinds)
     yield from passes(model, rows, types, task=task, batch_tokens=batch_tokens, watch=watch)

@@ -136,6 +136,18 @@ class PublishedTokenizer:
             found = self._run(self._honour(honour, strict=True), text, pair, specials)
         return found
 
+    def encode_all(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Ids and segments of many texts, as `encode` gives them, on all cores."""
+        with naming("cannot encode"):
+            _refuse_bytes(*texts)
+            found = self._honour(frozenset()).encode_batch_fast(list(texts), add_special_tokens=True)
+        pairs = [(one.ids, one.type_ids) for one in found]
+        for i, (ids, _) in enumerate(pairs):
+            if not self._forgeable_ids.isdisjoint(ids):  # perhaps through its letters: see `encode`
+                whole = self.encode(texts[i])
+                pairs[i] = (whole.ids, whole.types)
+        return pairs
+
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """The text of some ids; special tokens are left out unless `specials`."""
         ids = self._known(ids)
