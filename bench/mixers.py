@@ -1,6 +1,7 @@
 """Mixers and kernels beside their peers: one run, both sides in one process and in turn, memory in its own process.
 
-8 heads of width 64, one row, fp32. `--tiny` runs all of it at small sizes; such figures say nothing.
+8 heads of width 64, one row, fp32. `--tiny` runs all of it at small sizes; such figures say nothing. `--only A,B` runs
+the cases whose names hold one of the words again, and leaves the other figures as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from common import interleave, save, spread
+from common import RESULTS, interleave, save, spread
 from torch import Tensor, nn
 
 from headway import mixers, recurrence
@@ -409,12 +410,28 @@ def against_reference(run: Callable[[], None], train: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main() -> None:
+def measured(names: list[str]) -> list[dict[str, Any]]:
     rows = []
-    for name, case in CASES.items():
-        for row in rows_of(case):
+    for name in names:
+        for row in rows_of(CASES[name]):
             print(json.dumps(row), file=sys.stderr, flush=True)
             rows.append({"case": name, **row})
+    return rows
+
+
+def again(words: list[str]) -> None:
+    """Some cases anew, in their places among the figures that are there."""
+    figures = json.loads((RESULTS / "mixers.json").read_text("utf-8"))
+    names = [name for name in CASES if any(word in name for word in words)]
+    found = measured(names)
+    kept = [row for row in figures["rows"] if row["case"] in CASES and row["case"] not in names]
+    order = list(CASES)
+    figures["rows"] = sorted([*kept, *found], key=lambda row: order.index(row["case"]))
+    save("mixers", {**figures, "again": names})
+
+
+def main() -> None:
+    rows = measured(list(CASES))
     performer = [row for row in rows if row["case"] == "performer"]
     figures = {
         "heads": HEADS,
@@ -436,5 +453,7 @@ if __name__ == "__main__":
     if "--memory" in sys.argv:
         name, side, way = sys.argv[sys.argv.index("--memory") + 1 :][:3]
         print_memory(name, int(side), way)
+    elif "--only" in sys.argv:
+        again(sys.argv[sys.argv.index("--only") + 1].split(","))
     else:
         main()

@@ -8,6 +8,7 @@ and MiniLM's are real. `--only PART` runs one part of: gpt2, smollm2, minilm, qu
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -299,12 +300,15 @@ class Side:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.mib = 0.0
         self._answer()
+        self.process.send_signal(signal.SIGSTOP)
 
     def ask(self, **what: Any) -> float:
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
         found = self._answer()
+        self.process.send_signal(signal.SIGSTOP)  # threads that wait for work by spinning would slow the other side
         self.mib = found["mib"]
         return found["seconds"]
 
@@ -317,6 +321,7 @@ class Side:
 
     def close(self) -> None:
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait()
 

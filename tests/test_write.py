@@ -248,6 +248,7 @@ def test_a_model_packs_itself_to_write_and_is_whole_again_when_saved(tmp_path: P
     ids = [[5, 6, 7, 8]]
     written = model.generate(ids, max_tokens=6)[0]
     assert is_prepared(model.net) and model.net.heads["lm"].spec.tie
+    assert model.parameters == plain.parameters, "what is packed still counts: threads are chosen by it"
     logits = plain.logits(torch.tensor([ids[0] + written.ids]))
     assert logits[0, 3:-1].argmax(-1).tolist() == written.ids
     model.save(tmp_path / "model")

@@ -81,6 +81,7 @@ class Loaded:
         lowercase: bool | None = None,
     ) -> None:
         self.net: Any = net.eval()
+        self._parameters = sum(p.numel() for p in net.parameters())  # counted before they may be packed
         self.spec, self.image = spec, image
         self.source, self.target = source, target if target is not None else source
         given = {"max_tokens": max_tokens, "lowercase": lowercase}
@@ -106,8 +107,10 @@ class Loaded:
 
     @property
     def parameters(self) -> int:
-        """How many numbers were learned; a shared one counts once."""
-        return sum(p.numel() for p in self.net.parameters())
+        """How many numbers were learned; a shared one counts once, and packing changes none."""
+        if not is_prepared(self.net):
+            self._parameters = sum(p.numel() for p in self.net.parameters())
+        return self._parameters
 
     @property
     def tokenizer(self) -> PublishedTokenizer:
