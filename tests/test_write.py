@@ -233,6 +233,30 @@ def test_what_is_no_prompt_no_batch_and_no_device_is_one_line(tmp_path: Path) ->
         assert "\n" not in str(refused.value)
 
 
+def test_beams_near_the_models_limit_do_not_cut_their_neighbours_short() -> None:
+    model, rows = loaded(limit=16, ends=()), [[5] * 14, [6, 7]]
+    together = model.generate(rows, max_tokens=20, beams=3)
+    assert [len(found.ids) for found in together] == [2, 14]
+    assert [found.ids for found in together] == [model.generate([row], max_tokens=20, beams=3)[0].ids for row in rows]
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_what_is_forced_or_forbidden_has_the_models_own_log_probability(beams: int) -> None:
+    model = Loaded(loaded().net, loaded().spec, tokenizer(), facts=Facts(max_tokens=64, forced_bos=9, bad=(10, 11)))
+    found = model.generate([[5, 6, 7]], max_tokens=4, beams=beams)[0]
+    log_p = model.logits(torch.tensor([[5, 6, 7, *found.ids]]))[0, 2:-1].log_softmax(-1)
+    assert found.ids[0] == 9 and not {10, 11} & set(found.ids)
+    assert found.log_probability == pytest.approx(
+        float(log_p.gather(1, torch.tensor(found.ids)[:, None]).sum()), abs=1e-3
+    )
+
+
+def test_chat_and_task_are_not_ignored_for_ids() -> None:
+    for wrong in ({"chat": True}, {"task": "translate"}):
+        with pytest.raises(ValueError, match="chat and task are for texts, and this prompt is ids"):
+            loaded().generate([[5, 6]], **wrong)
+
+
 def test_ids_may_be_given_instead_of_text() -> None:
     ids = tokenizer().encode(PROMPTS[0]).ids
     assert loaded().generate([ids], max_tokens=5)[0].ids == loaded().generate([PROMPTS[0]], max_tokens=5)[0].ids

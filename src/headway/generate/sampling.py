@@ -51,9 +51,9 @@ def draw(
     """The next token of each row. `seen`: the ids a row holds; `luck`: its own source of randomness, so that a row's
     answer does not depend on its neighbours; `bad`: ids that are never written."""
     logits = logits.float()
+    total = logits.logsumexp(1)
     if bad is not None:
         logits = logits.index_fill(1, bad, float("-inf"))
-    total = logits.logsumexp(1)
     scores = _less_of_the_same(logits, seen, how.repetition_penalty)
     chosen = scores.argmax(1) if how.temperature == 0 else _drawn(scores / how.temperature, how, luck)
     return Drawn(chosen, logits.gather(1, chosen[:, None])[:, 0] - total)

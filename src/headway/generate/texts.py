@@ -131,6 +131,8 @@ def stream(
 def ids_of(model: Loaded, prompt: Any, *, chat: bool = False, task: str | None = None) -> list[int]:
     """The ids of a prompt: `chat` puts it into the checkpoint's template, `task` puts the task's prefix before it."""
     if isinstance(prompt, Sequence) and not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
+        if chat or task is not None:
+            raise ValueError("generate: chat and task are for texts, and this prompt is ids: leave them out")
         return [int(i) for i in prompt]  # type: ignore[arg-type]
     if task is not None:
         if task not in model.facts.prefixes or not isinstance(prompt, str):

@@ -10,11 +10,9 @@ from collections.abc import Generator, Sequence
 from typing import Annotated, NamedTuple
 
 import torch
-from jaxtyping import Int
 from msgspec import Meta
-from torch import Tensor
 
-from headway.generate.sampling import Sampling, draw
+from headway.generate.sampling import Drawn, Sampling, draw
 from headway.generate.writer import writer_of
 from headway.loaded import Loaded
 from headway.models import seq2seq
@@ -38,7 +36,8 @@ class Options(Sampling, frozen=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.beams > 1 and (self.temperature or self.repetition_penalty != 1):
-            raise ValueError("beams keep the likeliest beginnings and draw nothing: leave out temperature and penalty")
+            raise ValueError("beams keep the likeliest beginnings and draw nothing: leave out temperature and "
+                             "repetition_penalty")  # fmt: skip
         if any(not text for text in self.stop):
             raise ValueError("stop: an empty string stands everywhere; leave it out")
 
@@ -77,7 +76,9 @@ def tokens(
     logits, done, asked = writer.first(), set[int](), set[int]()
     for step in range(max(room)):
         drawn = draw(logits, how, [seen[row] for row in there], [luck[row] for row in there], bad)
-        said = forced(model, step, max(room), drawn.ids)
+        if (must := forced(model, step, max(room))) is not None:
+            drawn = Drawn(torch.full_like(drawn.ids, must), logits.float().log_softmax(1)[:, must])
+        said = drawn.ids
         for row, token, log_p in zip(there, said.tolist(), drawn.log_probabilities.tolist(), strict=True):
             if row in done:
                 continue
@@ -112,13 +113,11 @@ def room_for(model: Loaded, rows: Sequence[Sequence[int]], wanted: int) -> list[
     return [min(wanted, limit - len(row)) for row in rows]
 
 
-def forced(model: Loaded, step: int, room: int, ids: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
-    """What a checkpoint must write first, and at the limit, in place of what was drawn."""
+def forced(model: Loaded, step: int, room: int) -> int | None:
+    """What a checkpoint must write first, and at the limit, whatever is likely."""
     if step == 0 and model.facts.forced_bos is not None:
-        return torch.full_like(ids, model.facts.forced_bos)
-    if step == room - 1 and model.facts.forced_eos is not None:
-        return torch.full_like(ids, model.facts.forced_eos)
-    return ids
+        return model.facts.forced_bos
+    return model.facts.forced_eos if step == room - 1 else None
 
 
 @torch.inference_mode()
@@ -126,8 +125,10 @@ def beams(model: Loaded, rows: Sequence[Sequence[int]], how: Options) -> list[Wr
     """The best of `how.beams` beginnings of each row; one cut at the limit wins only where none has ended."""
     from headway.generate.search import Beams
 
-    count, width, device = len(rows), how.beams, model.device
-    room = min(room_for(model, rows, how.tokens))
+    rooms = room_for(model, rows, how.tokens)
+    if len(set(rooms)) > 1:  # some end where the model does: none may cut its neighbours short
+        return [beams(model, [row], how)[0] for row in rows]
+    count, width, device, room = len(rows), how.beams, model.device, rooms[0]
     writer = writer_of(model, [row for row in rows for _ in range(width)], room)
     kept, logits = Beams.start(count, width, device), writer.first()
     ends = torch.tensor(sorted(model.facts.eos), dtype=torch.long, device=device)
@@ -135,8 +136,7 @@ def beams(model: Loaded, rows: Sequence[Sequence[int]], how: Options) -> list[Wr
     base = torch.arange(count, device=device)[:, None] * width
     for step in range(room):
         log_p = logits.float().log_softmax(-1).index_fill(1, bad, float("-inf"))
-        must = model.facts.forced_bos if step == 0 else model.facts.forced_eos if step == room - 1 else None
-        if must is not None:
+        if (must := forced(model, step, room)) is not None:
             only = torch.full_like(log_p, float("-inf"))
             only[:, must] = log_p[:, must]
             log_p = only
