@@ -17,7 +17,7 @@ from headway import __version__
 from headway.image import ImageSpec
 from headway.mask import Mask
 from headway.models import seq2seq
-from headway.quantize import is_prepared, prepare, restore
+from headway.quantize import is_prepared, packs, prepare, restore
 from headway.spec import Strict
 from headway.store import write_folder
 from headway.text import UNK, Tokenizer
@@ -162,12 +162,18 @@ class Loaded:
         closing = ids[-1:] if ids[-1] in (self.tokenizer.sep, self.tokenizer.eos) else []
         return ids[: limit - len(closing)] + closing, types[:limit]
 
+    @property
+    def padding(self) -> int:
+        """An id to pad with, which nobody reads; old files name one (-1) that no table of embeddings has."""
+        pad = self.facts.pad or 0
+        return pad if 0 <= pad < self.spec.get("vocab", self.spec.get("source_vocab", pad + 1)) else 0
+
     def batch(self, rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> Inputs:
         """Rows of ids as one batch, padded on the right."""
         if not rows:
             raise ValueError("a batch has one row or more, and this one has none")
         longest = max(len(row) for row in rows)
-        pad = self.facts.pad or 0
+        pad = self.padding
         ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows], device=self.device)
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         valid = None
@@ -192,7 +198,7 @@ class Loaded:
         """
         self._refuse_towers()
         if self.kind == "vision":
-            return self.net(inputs)
+            return self.net(self._pixels(inputs, valid, mask))
         given = self._given(inputs, valid)
         more: dict[str, Any] = {} if mask is None else {"mask": mask}
         if isinstance(self.net, seq2seq.Model):
@@ -216,15 +222,17 @@ class Loaded:
         Without a `mask`, an encoder's tokens are global as the head's task would have it (`Facts.globals`).
         """
         if isinstance(self.net, seq2seq.Model):
-            if target is None:
-                raise ValueError("the logits of an encoder-decoder are of target ids: pass target=")
+            if target is None or head is not None:
+                raise ValueError("the logits of an encoder-decoder are of target ids: pass target=, and no head=")
             given = self._given(inputs, valid)
             memory = self.net.encode(given.ids, given.valid, **({} if mask is None else {"mask": mask}))
-            return self.net.decode(target, memory)
+            return self.net.decode(target.to(self.device), memory)
         self._refuse_towers()
+        if target is not None:
+            raise ValueError(f"target= is for encoder-decoders, and this is a {self.kind}: leave it out")
         name = head or self.only_head()
         if self.kind == "vision":
-            return self.net.head(name, self.net(inputs))
+            return self.net.head(name, self.net(self._pixels(inputs, valid, mask)))
         given = self._given(inputs, valid)
         mask = self.global_tokens(name, given) if mask is None else mask
         return self.net.head(name, self.hidden(given, mask=mask), given.ids, given.valid)
@@ -257,7 +265,16 @@ class Loaded:
             there = ", ".join(self.net.towers)
             raise ValueError(f"this model has two towers ({there}), each with states of its own: embed gives vectors")
 
+    def _pixels(self, inputs: Any, valid: Tensor | None, mask: Mask | None) -> Tensor:
+        if not isinstance(inputs, Tensor) or inputs.ndim != 4:
+            raise ValueError("this model takes pixels, a tensor (B, channels, height, width): headway.image makes them")
+        if valid is not None or mask is not None:
+            raise ValueError("valid= and mask= are for tokens, and this model takes pixels: leave them out")
+        return inputs.to(self.device)
+
     def _given(self, inputs: Any, valid: Tensor | None) -> Inputs:
+        if valid is not None and not isinstance(inputs, Tensor):
+            raise ValueError("valid= is for ids; texts, and Inputs, tell their own padding: leave it out")
         if isinstance(inputs, Inputs):
             return inputs
         if isinstance(inputs, str):
@@ -282,12 +299,14 @@ class Loaded:
 
         What uses a model does it by itself, and `save` undoes it; `unpack` before training.
         """
+        if quantize is not None:
+            self.unpack()
         if quantize is not None or (self.device.type == "cpu" and self.facts.family and not is_prepared(self.net)):
             if quantize is not None and self.device.type != "cpu":
                 raise ValueError(
                     f"quantize='{quantize}' is for a CPU, and this model is on {self.device}: leave it out"
                 )
-            if quantize is None and self.dtype not in (torch.float32, torch.bfloat16):
+            if quantize is None and not packs(self.dtype):
                 return
             # where many tokens go together, spreading outliers costs time, and vectors need it less than likelihoods do
             mix = {"mix": 1} if self.kind in ("encoder", "vision", "dual") else {}

@@ -63,6 +63,13 @@ def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = to
     _give_back()
 
 
+def packs(dtype: torch.dtype) -> bool:
+    """Whether `prepare` can lay out weights of this dtype on this machine without rounding them."""
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
 def restore(net: nn.Module) -> None:
     """Undoes `prepare` in place, to the bit, as far as the dtype held it; a ValueError for int8, which forgets."""
     held = [module for module in net.modules() if isinstance(module, Prepared)]

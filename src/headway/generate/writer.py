@@ -48,7 +48,7 @@ class _Decoder:
         self.net: decoder.Model = model.net
         self.head = self.net.heads.find("lm")
         self.longest = max(len(row) for row in rows)
-        pad, device = model.facts.pad or 0, model.device
+        pad, device = model.padding, model.device
         self.ids = torch.tensor([[pad] * (self.longest - len(row)) + list(row) for row in rows], device=device)
         self.lengths = torch.tensor([len(row) for row in rows], device=device)
         self.padded = any(len(row) < self.longest for row in rows)
