@@ -85,6 +85,15 @@ def test_a_headway_folder_loads_to_the_same_weights(case: tuple[str, int], tmp_p
 
 
 @pytest.mark.parametrize("case", TINY, ids=label)
+def test_a_depth_that_lies_is_refused_before_rules_are_made_of_it(case: tuple[str, int]) -> None:
+    config = families.family(case[0]).tiny()[case[1]]
+    towers = {name: {**config[name], "num_hidden_layers": 4096} for name in ("text_config",) if name in config}
+    deep = {name: 4096 for name in config if name in ("n_layer", "n_layers") or name.endswith("_layers")}
+    with pytest.raises(ValueError, match="4096, and a stack has at most 1024 blocks here"):
+        families.read({**config, **deep, **towers}, "config.json")
+
+
+@pytest.mark.parametrize("case", TINY, ids=label)
 def test_a_field_that_nobody_knows_is_refused_by_name(case: tuple[str, int]) -> None:
     config = families.family(case[0]).tiny()[case[1]]
     with pytest.raises(ValueError, match=r"'zzz_scale' .* may change the result"):

@@ -126,8 +126,14 @@ def test_windows_and_scalings_are_those_of_the_file() -> None:
         ("roberta-base", {"is_decoder": True}, "'is_decoder' is True, which changes the result"),
         ("bert-base-multilingual", {"pooler_type": "mean"}, "'pooler_type' is 'mean', which changes the result"),
         ("distilbert-sst2", {"activation": "mish"}, "'activation' is 'mish'; "),
+        ("distilbert-sst2", {"id2label": None, "num_labels": 10**12}, "'num_labels' is 1000000000000, and should be"),
     ],
 )  # fmt: skip
 def test_what_would_change_the_result_is_refused_by_name(name: str, change: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         families.read({**KNOWN[name][0], **change}, "config.json")
+
+
+def test_a_family_that_a_file_names_is_one_that_there_is() -> None:
+    with pytest.raises(ValueError, match=r"no family 'bret'.* 'bert'"):
+        families.family("bret")

@@ -21,6 +21,8 @@ from headway.spec import nearest
 from headway.transfer import Rule
 
 REQUIRED: Any = object()
+MAX_DEPTH = 1024  # as `StackSpec.repeat` has it
+MAX_LABELS = 2**18
 
 # What says nothing about how a checkpoint computes: how it was trained, stored, or called by another library
 HARMLESS = frozenset(
@@ -86,6 +88,12 @@ class Config:
             raise ValueError(f"{self.where}: '{name}' is {value}, and should be from 1 to {2**24}")
         return value
 
+    def depth(self, name: str, default: Any = REQUIRED) -> int:
+        """How many layers: rules are made for each before anything else looks at the number."""
+        if (layers := self.size(name, default)) > MAX_DEPTH:
+            raise ValueError(f"{self.where}: '{name}' is {layers}, and a stack has at most {MAX_DEPTH} blocks here")
+        return layers
+
     def expect(self, name: str, *allowed: Any) -> None:
         """A field that changes the maths, and of which Headway knows the values `allowed`; absent is right too."""
         self.read.add(name)
@@ -113,7 +121,10 @@ class Config:
         self.read.update(("id2label", "num_labels"))
         named = self.data.get("id2label")
         if named is None:
-            return tuple(f"LABEL_{i}" for i in range(self.take("num_labels", 2, int)))
+            count = self.take("num_labels", 2, int)
+            if not 0 <= count <= MAX_LABELS:
+                raise ValueError(f"{self.where}: 'num_labels' is {count}, and should be from 0 to {MAX_LABELS}")
+            return tuple(f"LABEL_{i}" for i in range(count))
         try:
             pairs = sorted((int(key), str(value)) for key, value in named.items())
         except (AttributeError, ValueError, TypeError):
@@ -151,6 +162,8 @@ def names() -> list[str]:
 
 def family(name: str) -> ModuleType:
     """A family's file by its name."""
+    if name not in names():
+        raise ValueError(f"no family '{name}'{nearest(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
 
 

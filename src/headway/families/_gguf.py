@@ -92,7 +92,7 @@ def _config(told: Config, kind: str, file: Gguf, where: Path) -> dict[str, Any]:
         "architectures": [ARCHITECTURES[kind]],
         "vocab_size": shape[0],
         "hidden_size": width,
-        "num_hidden_layers": told.size("block_count"),
+        "num_hidden_layers": told.depth("block_count"),
         "intermediate_size": told.size("feed_forward_length"),
         "num_attention_heads": heads,
         "num_key_value_heads": told.size("attention.head_count_kv", heads),

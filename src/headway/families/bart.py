@@ -39,7 +39,7 @@ def read(config: Config) -> Published:
         hidden = {"hidden": config.size(f"{side}_ffn_dim", 4096), "activation": activation}
         block = {"mixer": mixer, "cross": mixer if side == "decoder" else None, "feedforward": hidden, "norm": "layer",
                  "wiring": "pre" if kind == "mbart" else "post"}  # fmt: skip
-        return {"blocks": [block], "repeat": config.size(f"{side}_layers", 12), "positions": positions,
+        return {"blocks": [block], "repeat": config.depth(f"{side}_layers", 12), "positions": positions,
                 "first_norm": kind != "marian", "final_norm": kind == "mbart"}  # fmt: skip
 
     spec = {

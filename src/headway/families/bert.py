@@ -23,7 +23,6 @@ def read(config: Config) -> Published:
     config.expect("is_decoder", False)
     config.expect("add_cross_attention", False)
     config.expect("position_embedding_type", "absolute")
-    config.expect("hidden_act", *ACTIVATIONS)
     config.expect("tie_word_embeddings", True)
     config.expect("directionality", "bidi")
     config.expect("pooler_type", "first_token_transform")
@@ -55,7 +54,7 @@ def read(config: Config) -> Published:
         "dropout": config.take("hidden_dropout_prob", 0.1, float),
         "stack": {
             "blocks": [block],
-            "repeat": config.size("num_hidden_layers"),
+            "repeat": config.depth("num_hidden_layers"),
             "positions": {"name": "learned", "length": length},
             "first_norm": True,
             "final_norm": False,

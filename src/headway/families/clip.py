@@ -96,7 +96,7 @@ def _text(config: Config, outputs: int | None) -> tuple[dict[str, Any], Facts]:
         "vocab": config.size("vocab_size", 49408),
         "stack": {
             "blocks": [_block(config, 2048, 8)],
-            "repeat": config.size("num_hidden_layers", 12),
+            "repeat": config.depth("num_hidden_layers", 12),
             "positions": {"name": "learned", "length": length},
         },
         "heads": _head(pool, outputs),
@@ -119,7 +119,7 @@ def _image(config: Config, outputs: int | None) -> dict[str, Any]:
         "patches": {**made, "bias": False},
         "stack": {
             "blocks": [block],
-            "repeat": config.size("num_hidden_layers", 12),
+            "repeat": config.depth("num_hidden_layers", 12),
             "positions": {"name": "none"},
             "first_norm": True,
             "final_norm": False,

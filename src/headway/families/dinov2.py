@@ -43,7 +43,7 @@ def read(config: Config) -> Published:
                     "antialias": registers > 0,
                     "mask": config.take("use_mask_token", True, bool) if kind == "dinov2" else True},
         "dropout": config.take("hidden_dropout_prob", 0.0, float),
-        "stack": {"blocks": [block], "repeat": config.size("num_hidden_layers", 12), "positions": {"name": "none"}},
+        "stack": {"blocks": [block], "repeat": config.depth("num_hidden_layers", 12), "positions": {"name": "none"}},
         "heads": {HEADS[ending]: heads[HEADS[ending]]},
     }  # fmt: skip
     facts = Facts(family="dinov2", type=kind, pooling="first", original=config.original())

@@ -48,7 +48,7 @@ def read(config: Config) -> Published:
         "dropout": config.take("dropout", 0.1, float),
         "stack": {
             "blocks": [block],
-            "repeat": config.size("n_layers"),
+            "repeat": config.depth("n_layers"),
             "positions": {"name": "learned", "length": length},
             "first_norm": True,
             "final_norm": False,

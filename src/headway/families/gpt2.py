@@ -49,7 +49,7 @@ def read(config: Config) -> Published:
         "dropout": config.take("resid_pdrop", 0.1, float),
         "stack": {
             "blocks": [block],
-            "repeat": config.size("n_layer"),
+            "repeat": config.depth("n_layer"),
             "positions": {"name": "learned", "length": length},
         },
         "heads": {name: heads[name] for name in HEADS[architecture]},

@@ -28,7 +28,7 @@ def read(config: Config) -> Published:
     sides: dict[str, Any] = {}
     for side in ("encoder", "decoder"):
         hidden = {"hidden": config.size(f"{side}_ffn_dim", 4096), "activation": activation}
-        heads, depth = config.size(f"{side}_attention_heads", 16), config.size(f"{side}_layers", 12)
+        heads, depth = config.size(f"{side}_attention_heads", 16), config.depth(f"{side}_layers", 12)
         block = {"feedforward": hidden, "norm": "layer", "wiring": "post"}
         mixer = {"name": "attention", "heads": heads, "bias": True}
         blocks, repeat = (

@@ -20,7 +20,7 @@ def read(config: Config) -> Published:
     kind = config.take("model_type")
     config.expect("rope_interleaved", False)
     config.ignore("attention_dropout", "classifier_dropout", "max_window_layers", "is_llama_config")
-    width, vocab, depth = config.size("hidden_size"), config.size("vocab_size"), config.size("num_hidden_layers")
+    width, vocab, depth = config.size("hidden_size"), config.size("vocab_size"), config.depth("num_hidden_layers")
     length = config.size("max_position_embeddings", 32768 if "qwen" in kind else 2048 if kind == "llama" else 131072)
     eps = config.take("rms_norm_eps", 1e-6, float)
     feedforward = {"hidden": config.size("intermediate_size"), "gated": True, "bias": _flag(config, "mlp_bias", kind),
@@ -79,8 +79,6 @@ def _attention(config: Config, kind: str, width: int, eps: float) -> dict[str, A
 
 def _windows(config: Config, kind: str, depth: int) -> list[int | None]:
     """Layer by layer, how many tokens each sees, itself included; None for all."""
-    if depth > 1024:
-        raise ValueError(f"{config.where}: num_hidden_layers is {depth}, and a stack has at most 1024 blocks here")
     if kind == "llama":
         config.expect("sliding_window")
         return [None] * depth

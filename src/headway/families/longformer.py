@@ -26,7 +26,11 @@ def read(config: Config) -> Published:
     config.expect("ignore_attention_mask", False)
     config.ignore("attention_probs_dropout_prob", "classifier_dropout", "bos_token_id", "eos_token_id", "onnx_export")
     width, eps = config.size("hidden_size"), config.take("layer_norm_eps", 1e-12, float)
-    vocab, depth, pad = config.size("vocab_size"), config.size("num_hidden_layers"), config.take("pad_token_id", 1, int)
+    vocab, depth, pad = (
+        config.size("vocab_size"),
+        config.depth("num_hidden_layers"),
+        config.take("pad_token_id", 1, int),
+    )
     length = config.size("max_position_embeddings") - pad - 1  # rows of the table up to that of padding stand unused
     hidden = {"hidden": config.size("intermediate_size"),
               "activation": config.choose("hidden_act", ACTIVATIONS, "gelu")}  # fmt: skip

@@ -54,7 +54,7 @@ def read(config: Config) -> Published:
         "dropout": config.take("hidden_dropout_prob", 0.1, float),
         "stack": {
             "blocks": [block],
-            "repeat": config.size("num_hidden_layers"),
+            "repeat": config.depth("num_hidden_layers"),
             "positions": {"name": "learned", "length": length, "offset": pad + 1},
             "first_norm": True,
             "final_norm": False,

@@ -29,7 +29,7 @@ def read(config: Config) -> Published:
     config.expect("is_decoder", False)
     config.expect("is_encoder_decoder", True, *[False] * alone)
     config.ignore("classifier_dropout", "n_positions", "output_past")
-    width, vocab, layers = config.size("d_model"), config.size("vocab_size"), config.size("num_layers")
+    width, vocab, layers = config.size("d_model"), config.size("vocab_size"), config.depth("num_layers")
     heads, feedforward = config.size("num_heads"), _feedforward(config)
     mixer = {"name": "attention", "heads": heads, "head_dim": config.size("d_kv", 64), "scale": 1.0}
     buckets = {"name": "buckets", "buckets": config.size("relative_attention_num_buckets", 32),
@@ -43,7 +43,7 @@ def read(config: Config) -> Published:
         return {"blocks": [block], "repeat": depth, "positions": {**buckets, "both": cross is None}}
 
     spec: dict[str, Any] = {"width": width, "dropout": config.take("dropout_rate", 0.1, float)}
-    encoder, decoder = stack(layers, None), stack(config.size("num_decoder_layers", layers), mixer)
+    encoder, decoder = stack(layers, None), stack(config.depth("num_decoder_layers", layers), mixer)
     if alone:
         spec |= {"kind": "encoder", "vocab": vocab, "stack": encoder, "heads": {}}
     else:

@@ -37,7 +37,7 @@ def read(config: Config) -> Published:
         "width": width,
         "patches": {**patches(config, 16), "prefix": ("class", "distillation")[: 1 + (kind == "deit")]},
         "dropout": config.take("hidden_dropout_prob", 0.0, float),
-        "stack": {"blocks": [block], "repeat": config.size("num_hidden_layers", 12), "positions": {"name": "none"}},
+        "stack": {"blocks": [block], "repeat": config.depth("num_hidden_layers", 12), "positions": {"name": "none"}},
         "heads": {"pool" if HEADS[ending] == "pool" else "classify": heads[HEADS[ending]]},
     }
     pooling = "pool" if HEADS[ending] == "pool" else "first"
