@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from test_store import saved
 from test_write import PROMPTS, loaded
 from typer.testing import CliRunner, Result
 
@@ -91,3 +92,8 @@ def test_a_mistake_is_one_line(model: Path, words: list[str], said: str) -> None
     done = run(model, *words)
     assert isinstance(done.exception, ValueError) and said in str(done.exception)
     assert "\n" not in str(done.exception)
+
+
+def test_a_model_that_headway_trained_is_told_its_own_command(tmp_path: Path) -> None:
+    done = run(saved(tmp_path / "model"), "abc")
+    assert isinstance(done.exception, ValueError) and "`headway run" in str(done.exception)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -72,3 +73,23 @@ def test_a_machine_without_bfloat16_runs_it_unpacked(monkeypatch: pytest.MonkeyP
     ours.net.to(torch.bfloat16)
     ours.pack()
     assert not is_prepared(ours.net) and any(type(module) is nn.Linear for module in ours.net.modules())
+
+
+def test_a_dtype_that_overflows_is_refused_from_a_folder_of_headways_too(tmp_path: Path) -> None:
+    model("T5ForCond").save(tmp_path / "t5")
+    for folder in (tmp_path / "t5", saved(next(case for case in TINY if case[0] == "t5"))):
+        with pytest.raises(ValueError, match="T5 overflows float16"):
+            headway.load(folder, dtype="float16")
+
+
+def test_a_pickle_by_itself_is_refused_with_the_line_that_converts_it(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(1)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="a pickle can run code and is never opened; in a sandbox, convert it"):
+        headway.load(tmp_path / "model.pt")
+
+
+def test_a_path_is_never_looked_up_in_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("headway.fetch._download", lambda *_: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no such folder or file"):
+        headway.load(Path("owner/name"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from readers import dual, published, tokenizer, vision
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as kinds
 from torch.nn import functional as F
 from vocabularies import package
 
@@ -25,6 +28,8 @@ from headway.mask import Mask
 from headway.use import answer as answers
 from headway.use import embed, fill, passes
 from headway.use.classify import Classified, words
+from headway.vocabulary import PublishedTokenizer
+from headway.vocabulary import facts as told
 
 TEXTS = [
     "the cat",
@@ -243,6 +248,10 @@ def test_two_towers_embed_both_kinds_into_one_space_and_tell_pictures_apart_by_l
         assert isinstance(one, Classified)
         assert one.label == labels[int(row.argmax())] and abs(one.probability - float(row.max())) < 1e-6
         assert abs(sum(one.probabilities.values()) - 1) < 1e-5 and next(iter(one.probabilities)) == one.label
+    long = [" ".join(["cat"] * 60), "dog"]
+    with pytest.raises(ValueError, match="tokens; this model takes"):
+        model.classify(paths, long)
+    assert len(model.classify(paths, long, truncate=True)) == 3
     ids = model.tokenizer.encode("a photo of a cat").ids
     alone = model.net.project("text", torch.tensor([ids])).detach()
     torch.testing.assert_close(texts[:1], alone, atol=1e-6, rtol=0)
@@ -351,8 +360,32 @@ def test_words_are_classified_as_by_transformers(made: Any) -> None:
 def test_words_are_whole_and_in_characters_of_the_text(made: Any) -> None:
     _, model, _ = made("BertForTokenClassification", id2label=NER, label2id={v: k for k, v in NER.items()})
     text = "  Cats, anna's  Xyz"
-    found = [text[start:end] for start, end, _ in words(model, text, 99)]
+    found = [text[start:end] for start, end, _ in words(model, text, model.tokenizer.encode(text).ids)]
     assert found == ["Cats", ",", "anna", "'", "s", "Xyz"]
+
+
+def test_words_behind_a_cut_get_no_label_of_the_end_mark(made: Any) -> None:
+    _, model, _ = made("BertForTokenClassification", id2label=NER, label2id={v: k for k, v in NER.items()})
+    text = " ".join(["cat"] * 60)
+    ids = model.inputs([text], truncate=True).ids[0].tolist()
+    assert len(ids) == 40 and len(list(words(model, text, ids))) == 38  # the first and the last are marks
+    labels = model.classify([text], truncate=True)[0]
+    assert all(span.end <= len(" ".join(["cat"] * 38)) for span in labels)
+
+
+def test_a_piece_of_two_hashes_is_text_where_it_marks_nothing(made: Any) -> None:
+    spelt = fill._filled
+    _, model, _ = made("BertForMaskedLM")
+    plain = copy.copy(model)
+    plain.source = byte_level()
+    assert model.tokenizer.continues == "##" and plain.tokenizer.continues is None
+    assert spelt(plain, "see [MASK] here", "[MASK]", 0, plain.tokenizer.encode("##").ids[0], 0.5).text == "see ## here"
+
+
+def byte_level() -> PublishedTokenizer:
+    core = Tokenizer(kinds.BPE({"##": 0, "#": 1}, [("#", "#")]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PublishedTokenizer(core, told.Facts())
 
 
 def test_a_model_that_was_not_trained_to_classify_says_so(made: Any) -> None:

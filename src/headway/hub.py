@@ -19,6 +19,7 @@ from headway.families import Published
 from headway.families._sentence import sentence_files, with_sentence
 from headway.generate.answers import Generation, answer_all
 from headway.generate.texts import generate, options, stream
+from headway.header import refuse_pickle
 from headway.heads import HeadSpec
 from headway.image import ImageSpec, from_published
 from headway.loaded import MAX_TOKENS, Facts
@@ -195,16 +196,17 @@ def _load(source: str | Path, device: Any, dtype: str, heads: Mapping[str, Any] 
     if path.suffix.lower() == ".gguf":
         return _gguf(path, device, dtype, heads)
     if path.is_file():
+        refuse_pickle(path)
         config = path.parent / "config.json"
         if not config.is_file():
             raise ValueError(f"{path}: no model here: no config.json beside it tells what the weights are of")
         return _published(path.parent, path, device, dtype, heads)
     if path.is_dir():
         return _folder(path, device, dtype, heads)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
+    if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
         from headway.fetch import fetch
 
-        return _folder(fetch(str(source)), device, dtype, heads)
+        return _folder(fetch(source), device, dtype, heads)
     raise ValueError(f"{source}: no model here: no such folder or file, and no hub id (owner/name)")
 
 
@@ -232,6 +234,7 @@ def _own(folder: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None)
     facts = convert(spec.get("facts", {key: spec[key] for key in OLD if key in spec}), Facts, where)
     if facts.max_tokens is not None and not 1 <= facts.max_tokens <= MAX_TOKENS:
         raise ValueError(f"{where}: max_tokens is from 1 to {MAX_TOKENS}, not {facts.max_tokens}")
+    _check_dtype(facts, dtype, folder)
     source, target = (_tokenizer(folder, side, records) for side in ("source", "target"))
     model = spec["model"]
     for side, tokenizer in (("source", source), ("target", target)):
@@ -302,6 +305,11 @@ def _gguf(path: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) 
     return build(found, weights, path, tokenizer, None, device, dtype, heads)
 
 
+def _check_dtype(facts: Facts, dtype: str, where: Path) -> None:
+    if facts.family and (why := getattr(families.family(facts.family), "REFUSES", {}).get(dtype)):
+        raise ValueError(f"{where}: {why}")
+
+
 def build(
     found: Published,
     weights: Mapping[str, Tensor],
@@ -313,21 +321,13 @@ def build(
     heads: Mapping[str, Any] | None,
 ) -> Loaded:
     """A published checkpoint's model, filled tensor by tensor."""
-    if why := getattr(families.family(found.facts.family), "REFUSES", {}).get(dtype):
-        raise ValueError(f"{where}: {why}")
+    _check_dtype(found.facts, dtype, where)
     spec = _with_heads(found.spec, heads)
     with blank():
         net = models.assemble(spec)
     fresh = [f"heads.{name}.*" for name in heads or {}]
-    fill(
-        net,
-        weights,
-        rules_for(found, weights, heads),
-        dtype=DTYPES[dtype],
-        allow_fresh=fresh,
-        where=where,
-        device=device,
-    )
+    rules = rules_for(found, weights, heads)
+    fill(net, weights, rules, dtype=DTYPES[dtype], allow_fresh=fresh, where=where, device=device)
     return Loaded(net, spec, tokenizer, facts=found.facts, image=image)
 
 

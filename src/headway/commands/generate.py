@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,9 +49,12 @@ def generate(
     from headway.generate.texts import generate as write
     from headway.generate.texts import options
     from headway.hub import load
+    from headway.text import Tokenizer
 
     how = options({**given, "beams": beams})  # a mistake costs no loading
     loaded = load(model, dtype=dtype, quantize=quantize)
+    if isinstance(loaded.source, Tokenizer):
+        raise ValueError(f"{model}: trained by Headway; `headway run {shlex.quote(model)}` answers with it")
     if len(asked) == 1 and not as_json and beams == 1:
         _as_it_comes(loaded, asked[0], given, chat, task)
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ def classify(
     if model.kind == "dual":
         if labels is None:
             raise ValueError("classify: a model with two towers has no labels of its own: give labels=['cat', 'dog']")
-        return _by_labels(model, inputs, labels, template, top, watch)
+        return _by_labels(model, inputs, labels, template, top, truncate, watch)
     if labels is not None:
         raise ValueError(f"classify: labels are for models with two towers; this {model.kind} model has its own")
     heads = getattr(model.net, "heads", {})
@@ -106,7 +107,13 @@ def names_of(model: Loaded, head: str) -> list[str]:
 
 @torch.inference_mode()
 def _by_labels(
-    model: Loaded, images: Any, labels: Sequence[str], template: str, top: int | None, watch: Watch | None
+    model: Loaded,
+    images: Any,
+    labels: Sequence[str],
+    template: str,
+    top: int | None,
+    truncate: bool,
+    watch: Watch | None,
 ) -> list[Classified]:
     """Pictures by how alike they and each label's text are."""
     names = strings(labels, "classify: labels")
@@ -116,7 +123,7 @@ def _by_labels(
         raise ValueError(
             f"classify: a template has one {{}} for the label, and {template!r} has {template.count('{}')}"
         )
-    texts = embed(model, [template.replace("{}", name) for name in names])
+    texts = embed(model, [template.replace("{}", name) for name in names], truncate=truncate)
     net, found = model.net, []
     for _, pixels in pictures(model, images, "classify", watch=watch):
         scores = net.scores(net.project("image", pixels).float(), texts)
@@ -133,16 +140,18 @@ def _words(model: Loaded, texts: list[str], truncate: bool, watch: Watch | None)
     for group in groups(model, texts, task="tokens", truncate=truncate, watch=watch):
         shares = model.net.head("tokens", group.hidden, group.ids, group.valid).float().softmax(-1)
         best = shares.max(-1)
-        for row, labels, probabilities in zip(group.rows, best.indices.tolist(), best.values.tolist(), strict=True):
-            found[row] = _spans(model, texts[row], [names[i] for i in labels], probabilities)
+        for row, ids, labels, probabilities in zip(
+            group.rows, group.ids.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
+        ):
+            found[row] = _spans(model, texts[row], ids, [names[i] for i in labels], probabilities)
     return [found[i] for i in range(len(texts))]
 
 
-def _spans(model: Loaded, text: str, labels: list[str], probabilities: list[float]) -> list[Span]:
+def _spans(model: Loaded, text: str, ids: list[int], labels: list[str], probabilities: list[float]) -> list[Span]:
     """Neighbouring words of one label as one span; those outside ("O") are left out."""
     spans: list[tuple[str, list[tuple[int, int, float]]]] = []
     last = ""
-    for start, end, token in words(model, text, len(labels)):
+    for start, end, token in words(model, text, ids):
         begins, label = _tag(labels[token])
         if label == last and not begins:
             spans[-1][1].append((start, end, probabilities[token]))
@@ -156,22 +165,23 @@ def _spans(model: Loaded, text: str, labels: list[str], probabilities: list[floa
     ]
 
 
-def words(model: Loaded, text: str, tokens: int) -> Iterator[tuple[int, int, int]]:
-    """Each word of a text, of its first `tokens` tokens: start and end in characters, and its first token's index.
+def words(model: Loaded, text: str, ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Each word of a text that was read as `ids`: start and end in characters, and its first token's index.
 
     A token continues a word where WordPiece marks it so ("##"), elsewhere where letters or digits touch.
     """
-    found = model.tokenizer.encode(text)
+    found, mark = model.tokenizer.encode(text), model.tokenizer.continues
     spelt = model.tokenizer.tokens(found.ids)
-    marked = any(piece.startswith("##") for piece in model.tokenizer._core.get_vocab())
+    same = (one == two for one, two in zip(found.ids, ids, strict=False))
+    kept = sum(takewhile(bool, same))  # of a text that was cut, the mark of its end took a token's place
     start = end = first = -1
-    for i, ((left, right), of) in enumerate(zip(found.offsets[:tokens], found.sequence, strict=False)):
+    for i, ((left, right), of) in enumerate(zip(found.offsets[:kept], found.sequence, strict=False)):
         if of is None or left == right:
             continue
         while left < right and text[left].isspace():  # byte-level pieces hold the space before them
             left += 1
         touches = left == end and text[left - 1].isalnum() and text[left : left + 1].isalnum()
-        if first >= 0 and (spelt[i].startswith("##") if marked else touches):
+        if first >= 0 and (spelt[i].startswith(mark) if mark else touches):
             end = right
             continue
         if first >= 0:

@@ -52,8 +52,8 @@ def _filled(model: Loaded, text: str, mask: str, gap: int, token: int, probabili
     parts = text.split(mask)
     before, after = mask.join(parts[: gap + 1]), mask.join(parts[gap + 1 :])
     spelt, word = model.tokenizer.tokens([token])[0], model.tokenizer.decode([token], specials=True)
-    if spelt.startswith("##"):  # WordPiece's mark of what continues a word
-        return Filled(before.rstrip() + spelt[2:] + after, word, probability)
+    if (mark := model.tokenizer.continues) and spelt.startswith(mark):
+        return Filled(before.rstrip() + spelt.removeprefix(mark) + after, word, probability)
     opens = word.startswith(" ") or spelt[:1] in ("\u0120", "\u2581")  # marks of what begins one
     word = word.strip() or word
     space = " " if opens and before and not before[-1].isspace() else ""

@@ -37,6 +37,7 @@ class PublishedTokenizer:
     """`encode` as the checkpoint was trained, specials included; `decode` and `chat` back.
 
     `vocab` counts the ids; `pad`, `bos`, `eos`, `unk`, `mask`, `cls` and `sep` are ids, None where there is none;
+    `continues` is the mark of a piece that goes on with a word ("##"), None where there is none;
     `specials` are the spellings that `honour` takes; `max_tokens` and `padding_side` are what the checkpoint says.
     """
 
@@ -61,6 +62,7 @@ class PublishedTokenizer:
             self._forgeable = self.specials - {facts.names.get("unk"), getattr(core.model, "unk_token", None)}
             self._forgeable_ids = frozenset(special[text] for text in self._forgeable)
             self.vocab = max(ids.values()) + 1
+            self.continues: str | None = getattr(core.model, "continuing_subword_prefix", None) or None
             self.max_tokens, self.padding_side = facts.max_tokens, facts.padding_side
             self._honouring: dict[tuple[frozenset[str], bool], tokenizers.Tokenizer] = {}
             self.encode("a b", "\u00e9")  # what cannot encode is refused now, not at the first text
