@@ -191,6 +191,14 @@ def test_a_file_cut_anywhere_is_refused(whole: bytes, tmp_path: Path) -> None:
         refuse(tmp_path / "lie.gguf")
 
 
+def test_a_list_of_bytes_does_not_become_a_giant_in_memory(tmp_path: Path) -> None:
+    count = 2**23
+    head = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a" + struct.pack("<IIQ", 9, 0, count)
+    (tmp_path / "list.gguf").write_bytes(head + bytes(count))
+    with pytest.raises(ValueError, match="'a' has 8388608 entries, more than any list of a model"):
+        read_gguf(tmp_path / "list.gguf")
+
+
 @pytest.mark.parametrize("align", [0, 3, 2**31])
 def test_a_false_alignment_is_refused(align: int, tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "lie.gguf", "llama")

@@ -26,6 +26,7 @@ _NAMES = {0: "u8", 1: "i8", 2: "u16", 3: "i16", 4: "u32", 5: "i32", 6: "f32", 7:
 _SMALLEST_PAIR = 8 + 4 + 1  # a key's length, a type, one byte
 _SMALLEST_INFO = 8 + 4 + 4 + 8  # a name's length, no dimension, a type, an offset
 MAX_DIMS, MAX_ALIGNMENT, MAX_NAME = 4, 2**20, 1024
+MAX_ENTRIES = 2**22  # of a list; vocabularies and their merges have a tenth of it, and each becomes a Python object
 
 
 class Gguf(NamedTuple):
@@ -165,6 +166,8 @@ class _Walk:
         each = 8 if kind == _STRING else struct.calcsize("<" + _SCALARS[kind])
         if count > (self.end - self.at) // each:
             raise ValueError(f"{what} claims {count} entries; {self.end - self.at} bytes are left")
+        if count > MAX_ENTRIES:
+            raise ValueError(f"{what} has {count} entries, more than any list of a model ({MAX_ENTRIES})")
         if kind == _STRING:
             return self.strings(count, what)
         if kind == 7:
