@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -65,6 +65,14 @@ class Config:
         if not isinstance(found, list) or not isinstance(found[0], str):
             raise ValueError(f"{self.where}: architectures is a list of names, not {found!r}")
         return found[0]
+
+    def ending(self, endings: Collection[str], family: str = "", default: str = "Model") -> str:
+        """The architecture, one of `endings` behind the family's name; `default` where none is told."""
+        architecture = self.architecture or family + default
+        if (found := architecture.removeprefix(family)) not in endings:
+            known = ", ".join(family + ending for ending in endings)
+            raise ValueError(f"{self.where}: architecture {architecture} is not read; there is {known}")
+        return found
 
     def take(self, name: str, default: Any = REQUIRED, kind: type | tuple[type, ...] | None = None) -> Any:
         """A field's value; of `kind` where one is given (ints pass for floats)."""
@@ -200,6 +208,19 @@ def linear(ours: str | Iterable[str], theirs: str | Iterable[str], *, bias: bool
     mine, others = ((n,) if isinstance(n, str) else tuple(n) for n in (ours, theirs))
     parts = ("weight", "bias") if bias else ("weight",)
     return [Rule(tuple(f"{n}.{part}" for n in mine), tuple(f"{n}.{part}" for n in others)) for part in parts]
+
+
+def published_ending(kind: str, table: Mapping[str, Collection[str]], heads: Collection[str]) -> str:
+    """The architecture of `table` that has these heads; a ValueError where none has."""
+    found = next((ending for ending, kept in table.items() if set(kept) == set(heads)), None)
+    if found is None:
+        raise ValueError(f"{kind}: no published architecture has the heads {', '.join(heads) or 'none'}")
+    return found
+
+
+def published_ids(ids: tuple[int, ...]) -> int | list[int] | None:
+    """`Config.ids`, the way back."""
+    return ids[0] if len(ids) == 1 else list(ids) or None
 
 
 def published_activation(ours: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from headway.families import ACTIVATIONS, Config, Facts, Published, Rule, linear, published_activation
+from headway.families import ACTIVATIONS, Config, Facts, Published, Rule, linear, published_activation, published_ids
 
 TYPES = ("bart", "mbart", "marian")
 NAMES = {  # a bare model, and one with the bias of its head
@@ -26,7 +26,7 @@ SEARCH = """num_beams max_length min_length length_penalty early_stopping no_rep
 
 def read(config: Config) -> Published:
     kind = config.data["model_type"]
-    bare = _architecture(config, kind)
+    bare = config.ending(NAMES[kind], default=NAMES[kind][0]) == NAMES[kind][0]
     _expect_wiring(config, kind)
     width, vocab = config.size("d_model"), config.size("vocab_size")
     length = config.size("max_position_embeddings", 1024)
@@ -58,14 +58,6 @@ def read(config: Config) -> Published:
     facts = Facts(family="bart", type=kind, max_tokens=length, **answers(config))
     unused = ("*coder.version", *["*coder.embed_positions.weight"] * (kind == "marian"))
     return Published(spec, facts, rules(spec), "model.", unused)
-
-
-def _architecture(config: Config, kind: str) -> bool:
-    """Whether the checkpoint is of the bare model."""
-    architecture = config.architecture or NAMES[kind][0]
-    if architecture not in NAMES[kind]:
-        raise ValueError(f"{config.where}: architecture {architecture} is not read; there is {', '.join(NAMES[kind])}")
-    return architecture == NAMES[kind][0]
 
 
 def _expect_wiring(config: Config, kind: str) -> None:
@@ -114,7 +106,7 @@ def published_answers(facts: Facts) -> dict[str, Any]:
     """`answers`, the way back."""
     found = {
         "bos_token_id": facts.bos,
-        "eos_token_id": facts.eos[0] if len(facts.eos) == 1 else list(facts.eos) or None,
+        "eos_token_id": published_ids(facts.eos),
         "pad_token_id": facts.pad,
         "decoder_start_token_id": facts.start,
         "forced_bos_token_id": facts.forced_bos,

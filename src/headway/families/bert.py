@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from headway.families import ACTIVATIONS, Config, Facts, Published, Rule, linear, published_activation, published_labels
+from headway.families import (
+    ACTIVATIONS,
+    Config,
+    Facts,
+    Published,
+    Rule,
+    linear,
+    published_activation,
+    published_ending,
+    published_labels,
+)
 
 TYPES = ("bert",)
 POOL = {"pool": "first", "dense": True, "activation": "tanh"}
@@ -28,56 +39,71 @@ def read(config: Config) -> Published:
     config.expect("pooler_type", "first_token_transform")
     config.ignore("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head")
     config.ignore("attention_probs_dropout_prob", "classifier_dropout", "bos_token_id", "eos_token_id")
-    width, eps = config.size("hidden_size"), config.take("layer_norm_eps", 1e-12, float)
-    activation = config.choose("hidden_act", ACTIVATIONS, "gelu")
-    vocab, length = config.size("vocab_size"), config.size("max_position_embeddings", 512)
-    hidden = {"hidden": config.size("intermediate_size"), "activation": activation}
+    length, activation = config.size("max_position_embeddings", 512), config.choose("hidden_act", ACTIVATIONS, "gelu")
     mixer = {"name": "attention", "heads": config.size("num_attention_heads"), "bias": True}
-    block = {"mixer": mixer, "feedforward": hidden, "norm": "layer", "norm_eps": eps, "wiring": "post"}
-    heads = {
-        "pool": POOL,
-        "lm": {"dense": True, "activation": activation, "norm": "layer", "norm_eps": eps, "outputs": vocab,
-               "tie": True},
-        "next": {**POOL, "outputs": 2, "labels": ("next", "random")},
-        "classify": {**POOL, "outputs": len(config.labels()), "labels": config.labels()},
-        "tokens": {"outputs": len(config.labels()), "labels": config.labels()},
-        "spans": {"outputs": 2},
-    }  # fmt: skip
-    architecture = config.architecture or "BertModel"
-    if architecture not in HEADS:
-        raise ValueError(f"{config.where}: architecture {architecture} is not read; there is {', '.join(HEADS)}")
-    spec = {
-        "kind": "encoder",
-        "width": width,
-        "vocab": vocab,
-        "types": config.size("type_vocab_size", 2),
-        "dropout": config.take("hidden_dropout_prob", 0.1, float),
-        "stack": {
-            "blocks": [block],
-            "repeat": config.depth("num_hidden_layers"),
-            "positions": {"name": "learned", "length": length},
-            "first_norm": True,
-            "final_norm": False,
-        },
-        "heads": {name: heads[name] for name in HEADS[architecture]},
-    }
+    positions = {"name": "learned", "length": length}
+    heads = {**heads_of(config, activation), "next": {**POOL, "outputs": 2, "labels": ("next", "random")}}
+    kept = {name: heads[name] for name in HEADS[config.ending(HEADS, default="BertModel")]}
+    blocks = [{"mixer": mixer, **block_of(config)}]
+    spec = encoder(config, blocks, config.depth("num_hidden_layers"), positions, kept)
     pad = config.take("pad_token_id", 0, int)
     facts = Facts(family="bert", type="bert", max_tokens=length, pad=pad, original=config.original())
     unused = () if {"pool", "next", "classify"} & set(spec["heads"]) else ("*pooler.dense.*", "cls.seq_relationship.*")
     return Published(spec, facts, rules(spec), "bert.", ("*position_ids", *unused))
 
 
-def body(spec: dict[str, Any], root: str) -> list[Rule]:
+def block_of(config: Config) -> dict[str, Any]:
+    """A block of BERT's and of those that follow it, but for what mixes its tokens."""
+    activation = config.choose("hidden_act", ACTIVATIONS, "gelu")
+    hidden = {"hidden": config.size("intermediate_size"), "activation": activation}
+    eps = config.take("layer_norm_eps", 1e-12, float)
+    return {"feedforward": hidden, "norm": "layer", "norm_eps": eps, "wiring": "post"}
+
+
+def heads_of(config: Config, activation: str) -> dict[str, Any]:
+    """The heads that they have in common; `activation`: of the masked model's."""
+    vocab, eps, labels = config.size("vocab_size"), config.take("layer_norm_eps", 1e-12, float), config.labels()
+    lm = {"dense": True, "activation": activation, "norm": "layer", "norm_eps": eps, "outputs": vocab, "tie": True}
+    return {
+        "pool": POOL,
+        "lm": lm,
+        "classify": {**POOL, "outputs": len(labels), "labels": labels},
+        "tokens": {"outputs": len(labels), "labels": labels},
+        "spans": {"outputs": 2},
+    }
+
+
+def encoder(
+    config: Config, blocks: list[dict[str, Any]], repeat: int, positions: dict[str, Any], heads: dict[str, Any]
+) -> dict[str, Any]:
+    """The spec that they have in common."""
+    return {
+        "kind": "encoder",
+        "width": config.size("hidden_size"),
+        "vocab": config.size("vocab_size"),
+        "types": config.size("type_vocab_size", 2),
+        "dropout": config.take("hidden_dropout_prob", 0.1, float),
+        "stack": {"blocks": blocks, "repeat": repeat, "positions": positions, "first_norm": True, "final_norm": False},
+        "heads": heads,
+    }
+
+
+def projections(ours: str, theirs: str) -> list[Rule]:
+    """Of one mixer: into queries, keys and values."""
+    return linear(f"{ours}.query", f"{theirs}.query") + linear(
+        f"{ours}.key_value", (f"{theirs}.key", f"{theirs}.value")
+    )
+
+
+def body(spec: dict[str, Any], root: str, project: Callable[[str, str], list[Rule]] = projections) -> list[Rule]:
     """Their names by ours, heads apart; they begin with `root`."""
     found = [Rule(("embedding.weight",), (f"{root}.embeddings.word_embeddings.weight",)),
              Rule(("types.weight",), (f"{root}.embeddings.token_type_embeddings.weight",)),
              Rule(("stack.positions.table.weight",), (f"{root}.embeddings.position_embeddings.weight",)),
              *linear("stack.first_norm", f"{root}.embeddings.LayerNorm")]  # fmt: skip
-    for i in range(spec["stack"]["repeat"]):
+    for i in range(len(spec["stack"]["blocks"]) * spec["stack"]["repeat"]):
         ours, theirs = f"stack.blocks.{i}", f"{root}.encoder.layer.{i}"
-        attention = f"{theirs}.attention.self"
-        found += linear(f"{ours}.mixer.inner.query", f"{attention}.query")
-        found += linear(f"{ours}.mixer.inner.key_value", (f"{attention}.key", f"{attention}.value"))
+        found += project(f"{ours}.mixer.inner", f"{theirs}.attention.self")
         found += linear(f"{ours}.mixer.inner.out", f"{theirs}.attention.output.dense")
         found += linear(f"{ours}.mixer.after", f"{theirs}.attention.output.LayerNorm")
         found += linear(f"{ours}.feedforward.inner.enter", f"{theirs}.intermediate.dense")
@@ -109,25 +135,26 @@ def rules(spec: dict[str, Any]) -> list[Rule]:
 
 
 def write(spec: dict[str, Any], facts: Facts) -> dict[str, Any]:
-    block, stack = spec["stack"]["blocks"][0], spec["stack"]
-    heads = tuple(spec["heads"])
-    architecture = next((name for name, kept in HEADS.items() if set(kept) == set(heads)), None)
-    if architecture is None:
-        raise ValueError(f"bert: no published architecture has the heads {', '.join(heads) or 'none'}")
+    return {**written(spec, facts), "architectures": [published_ending("bert", HEADS, spec["heads"])]}
+
+
+def written(spec: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    """What their configurations have in common."""
+    stack = spec["stack"]
+    block, positions = stack["blocks"][0], stack["positions"]
     return {
         **facts.original,
-        "architectures": [architecture],
-        "model_type": "bert",
+        "model_type": facts.type,
         "hidden_size": spec["width"],
         "vocab_size": spec["vocab"],
         "type_vocab_size": spec["types"],
         "hidden_dropout_prob": spec["dropout"],
-        "num_hidden_layers": stack["repeat"],
+        "num_hidden_layers": len(stack["blocks"]) * stack["repeat"],
         "num_attention_heads": block["mixer"]["heads"],
         "intermediate_size": block["feedforward"]["hidden"],
         "hidden_act": published_activation(block["feedforward"]["activation"]),
         "layer_norm_eps": block["norm_eps"],
-        "max_position_embeddings": stack["positions"]["length"],
+        "max_position_embeddings": positions["length"] + positions.get("offset", 0),
         "pad_token_id": facts.pad,
         **published_labels(spec),
     }

@@ -29,10 +29,7 @@ UNUSED = """bad_words_ids begin_suppress_tokens cross_attention_hidden_size deco
 
 def read(config: Config) -> Published:
     kind = config.data["model_type"]
-    architecture = config.architecture or ARCHITECTURES[kind][0]
-    if architecture not in ARCHITECTURES[kind]:
-        known = ", ".join(ARCHITECTURES[kind])
-        raise ValueError(f"{config.where}: architecture {architecture} is not read; there is {known}")
+    architecture = config.ending(ARCHITECTURES[kind], default=ARCHITECTURES[kind][0])
     if kind == "clip":
         return _dual(config)
     text, alone = kind == "clip_text_model", not architecture.endswith("WithProjection")

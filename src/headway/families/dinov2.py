@@ -7,8 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from headway.families import ACTIVATIONS, Config, Facts, Published, Rule, linear, published_activation, published_labels
-from headway.families.vit import architecture, attention, attention_rules, patches, picture_rules, written
+from headway.families import (
+    ACTIVATIONS,
+    Config,
+    Facts,
+    Published,
+    Rule,
+    linear,
+    published_activation,
+    published_ending,
+    published_labels,
+)
+from headway.families.vit import attention, attention_rules, patches, picture_rules, written
 
 TYPES = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
 HEADS = {"Model": "pool", "ForImageClassification": "classify"}
@@ -30,7 +40,7 @@ def read(config: Config) -> Published:
         "norm_eps": config.take("layer_norm_eps", 1e-6, float),
         "layer_scale": config.take("layerscale_value", 1.0, float),
     }
-    ending = architecture(config, TYPES[kind], HEADS)
+    ending = config.ending(HEADS, TYPES[kind])
     labels = config.labels()
     heads = {
         "pool": {"pool": "first"},
@@ -82,9 +92,7 @@ def rules(spec: dict[str, Any], prefix: str) -> list[Rule]:
 
 def write(spec: dict[str, Any], facts: Facts) -> dict[str, Any]:
     heads, block, width = spec["heads"], spec["stack"]["blocks"][0], spec["width"]
-    ending = next((name for name, head in HEADS.items() if set(heads) == {head}), None)
-    if ending is None:
-        raise ValueError(f"{facts.type}: no published architecture has the heads {', '.join(heads) or 'none'}")
+    ending = published_ending(facts.type, {name: (head,) for name, head in HEADS.items()}, heads)
     hidden, gated = block["feedforward"]["hidden"], block["feedforward"].get("gated", False)
     ratio = next((r for r in range(1, 65) if (_gated(r * width) if gated else r * width) == hidden), None)
     if ratio is None:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from headway.families import ACTIVATIONS, Config, Facts, Published, Rule, linear, published_activation, published_labels
+from headway.families import (
+    ACTIVATIONS,
+    Config,
+    Facts,
+    Published,
+    Rule,
+    linear,
+    published_activation,
+    published_ending,
+    published_labels,
+)
 
 TYPES = ("distilbert",)
 EPS = 1e-12
@@ -38,9 +48,6 @@ def read(config: Config) -> Published:
         "tokens": {"outputs": len(labels), "labels": labels},
         "spans": {"outputs": 2},
     }  # fmt: skip
-    architecture = config.architecture or "DistilBertModel"
-    if architecture not in HEADS:
-        raise ValueError(f"{config.where}: architecture {architecture} is not read; there is {', '.join(HEADS)}")
     spec = {
         "kind": "encoder",
         "width": config.size("dim"),
@@ -53,7 +60,7 @@ def read(config: Config) -> Published:
             "first_norm": True,
             "final_norm": False,
         },
-        "heads": {name: heads[name] for name in HEADS[architecture]},
+        "heads": {name: heads[name] for name in HEADS[config.ending(HEADS, default="DistilBertModel")]},
     }
     pad = config.take("pad_token_id", 0, int)
     facts = Facts(family="distilbert", type="distilbert", max_tokens=length, pad=pad, original=config.original())
@@ -90,12 +97,9 @@ def rules(spec: dict[str, Any]) -> list[Rule]:
 
 def write(spec: dict[str, Any], facts: Facts) -> dict[str, Any]:
     block, stack, heads = spec["stack"]["blocks"][0], spec["stack"], spec["heads"]
-    architecture = next((name for name, kept in HEADS.items() if set(kept) == set(heads)), None)
-    if architecture is None:
-        raise ValueError(f"distilbert: no published architecture has the heads {', '.join(heads)}")
     return {
         **facts.original,
-        "architectures": [architecture],
+        "architectures": [published_ending("distilbert", HEADS, heads)],
         "model_type": "distilbert",
         "dim": spec["width"],
         "vocab_size": spec["vocab"],

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from headway.families import ACTIVATIONS, Config, Facts, Published, Rule, linear, published_activation, published_labels
+from headway.families import (
+    ACTIVATIONS,
+    Config,
+    Facts,
+    Published,
+    Rule,
+    linear,
+    published_activation,
+    published_ending,
+    published_ids,
+    published_labels,
+)
 
 TYPES = ("gpt2",)
 HEADS = {  # what each architecture puts behind the stack
@@ -39,9 +50,6 @@ def read(config: Config) -> Published:
         "tokens": {"outputs": len(labels), "labels": labels},
         "spans": {"outputs": 2},
     }
-    architecture = config.architecture or "GPT2LMHeadModel"
-    if architecture not in HEADS:
-        raise ValueError(f"{config.where}: architecture {architecture} is not read; there is {', '.join(HEADS)}")
     spec = {
         "kind": "decoder",
         "width": width,
@@ -52,7 +60,7 @@ def read(config: Config) -> Published:
             "repeat": config.depth("n_layer"),
             "positions": {"name": "learned", "length": length},
         },
-        "heads": {name: heads[name] for name in HEADS[architecture]},
+        "heads": {name: heads[name] for name in HEADS[config.ending(HEADS, default="GPT2LMHeadModel")]},
     }
     facts = Facts(family="gpt2", type="gpt2", max_tokens=length, bos=config.take("bos_token_id", None, int),
                   eos=config.ids("eos_token_id"), pad=config.take("pad_token_id", None, int),
@@ -95,12 +103,9 @@ def transposed(ours: tuple[str, ...], theirs: str) -> list[Rule]:
 
 def write(spec: dict[str, Any], facts: Facts) -> dict[str, Any]:
     block, stack, heads = spec["stack"]["blocks"][0], spec["stack"], spec["heads"]
-    architecture = next((name for name, kept in HEADS.items() if set(kept) == set(heads)), None)
-    if architecture is None:
-        raise ValueError(f"gpt2: no published architecture has the heads {', '.join(heads) or 'none'}")
     return {
         **facts.original,
-        "architectures": [architecture],
+        "architectures": [published_ending("gpt2", HEADS, heads)],
         "model_type": "gpt2",
         "n_embd": spec["width"],
         "vocab_size": spec["vocab"],
@@ -113,7 +118,7 @@ def write(spec: dict[str, Any], facts: Facts) -> dict[str, Any]:
         "layer_norm_epsilon": block["norm_eps"],
         "tie_word_embeddings": heads.get("lm", {}).get("tie", True),
         "bos_token_id": facts.bos,
-        "eos_token_id": facts.eos[0] if len(facts.eos) == 1 else list(facts.eos) or None,
+        "eos_token_id": published_ids(facts.eos),
         "pad_token_id": facts.pad,
         **published_labels(spec),
     }

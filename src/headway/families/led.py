@@ -16,9 +16,7 @@ NAMES = ("LEDModel", "LEDForConditionalGeneration")  # a bare model, and one wit
 
 
 def read(config: Config) -> Published:
-    architecture = config.architecture or NAMES[0]
-    if architecture not in NAMES:
-        raise ValueError(f"{config.where}: architecture {architecture} is not read; there is {', '.join(NAMES)}")
+    architecture = config.ending(NAMES, default=NAMES[0])
     config.expect("is_encoder_decoder", True)
     config.expect("tie_word_embeddings", True)
     config.ignore("attention_dropout", "activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "init_std",

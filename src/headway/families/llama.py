@@ -8,7 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from headway.families import ACTIVATIONS, Config, Facts, Published, Rule, linear, published_activation, published_labels
+from headway.families import (
+    ACTIVATIONS,
+    Config,
+    Facts,
+    Published,
+    Rule,
+    linear,
+    published_activation,
+    published_ending,
+    published_ids,
+    published_labels,
+)
 
 TYPES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 HEADS = {"Model": (), "ForCausalLM": ("lm",), "ForSequenceClassification": ("classify",),
@@ -38,10 +49,7 @@ def read(config: Config) -> Published:
         "classify": {"pool": "last", "outputs": len(labels), "bias": False, "labels": labels},
         "tokens": {"outputs": len(labels), "labels": labels},
     }
-    architecture = config.architecture or f"{TYPES[kind]}ForCausalLM"
-    if (ending := architecture.removeprefix(TYPES[kind])) not in HEADS:
-        known = ", ".join(TYPES[kind] + ending for ending in HEADS)
-        raise ValueError(f"{config.where}: architecture {architecture} is not read; there is {known}")
+    ending = config.ending(HEADS, TYPES[kind], "ForCausalLM")
     spec = {
         "kind": "decoder",
         "width": width,
@@ -148,12 +156,9 @@ def write(spec: dict[str, Any], facts: Facts) -> dict[str, Any]:
     stack, heads, kind = spec["stack"], spec["heads"], facts.type
     blocks = stack["blocks"] * stack["repeat"]
     mixer, feedforward = blocks[0]["mixer"], blocks[0]["feedforward"]
-    ending = next((name for name, kept in HEADS.items() if set(kept) == set(heads)), None)
-    if ending is None:
-        raise ValueError(f"{kind}: no published architecture has the heads {', '.join(heads)}")
     config = {
         **facts.original,
-        "architectures": [TYPES[kind] + ending],
+        "architectures": [TYPES[kind] + published_ending(kind, HEADS, heads)],
         "model_type": kind,
         "hidden_size": spec["width"],
         "vocab_size": spec["vocab"],
@@ -168,7 +173,7 @@ def write(spec: dict[str, Any], facts: Facts) -> dict[str, Any]:
         "rope_parameters": _rope(stack["positions"]),
         "tie_word_embeddings": heads.get("lm", {}).get("tie", False),
         "bos_token_id": facts.bos,
-        "eos_token_id": facts.eos[0] if len(facts.eos) == 1 else list(facts.eos) or None,
+        "eos_token_id": published_ids(facts.eos),
         "pad_token_id": facts.pad,
         **published_labels(spec),
     }

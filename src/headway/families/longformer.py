@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from headway.families import ACTIVATIONS, Config, Facts, Published, Rule, linear, published_activation, published_labels
+from headway.families import Config, Facts, Published, Rule, linear, published_ending
+from headway.families.bert import block_of, body, encoder, heads_of, written
+from headway.families.roberta import tail
 
 TYPES = ("longformer",)
-POOL = {"pool": "first", "dense": True, "activation": "tanh"}
 HEADS = {  # what each architecture puts behind the stack
     "LongformerModel": ("pool",),
     "LongformerForMaskedLM": ("lm",),
@@ -25,43 +26,13 @@ def read(config: Config) -> Published:
     config.expect("attention_mode", "longformer")
     config.expect("ignore_attention_mask", False)
     config.ignore("attention_probs_dropout_prob", "classifier_dropout", "bos_token_id", "eos_token_id", "onnx_export")
-    width, eps = config.size("hidden_size"), config.take("layer_norm_eps", 1e-12, float)
-    vocab, depth, pad = (
-        config.size("vocab_size"),
-        config.depth("num_hidden_layers"),
-        config.take("pad_token_id", 1, int),
-    )
+    depth, pad = config.depth("num_hidden_layers"), config.take("pad_token_id", 1, int)
     length = config.size("max_position_embeddings") - pad - 1  # rows of the table up to that of padding stand unused
-    hidden = {"hidden": config.size("intermediate_size"),
-              "activation": config.choose("hidden_act", ACTIVATIONS, "gelu")}  # fmt: skip
-    block = {"feedforward": hidden, "norm": "layer", "norm_eps": eps, "wiring": "post"}
-    blocks, repeat = windowed(config, block, config.size("num_attention_heads"), depth)
-    labels = config.labels()
-    heads = {
-        "pool": POOL,
-        "lm": {"dense": True, "activation": "gelu", "norm": "layer", "norm_eps": eps, "outputs": vocab, "tie": True},
-        "classify": {**POOL, "outputs": len(labels), "labels": labels},
-        "tokens": {"outputs": len(labels), "labels": labels},
-        "spans": {"outputs": 2},
-    }
-    architecture = config.architecture or "LongformerModel"
-    if architecture not in HEADS:
-        raise ValueError(f"{config.where}: architecture {architecture} is not read; there is {', '.join(HEADS)}")
-    spec = {
-        "kind": "encoder",
-        "width": width,
-        "vocab": vocab,
-        "types": config.size("type_vocab_size", 2),
-        "dropout": config.take("hidden_dropout_prob", 0.1, float),
-        "stack": {
-            "blocks": blocks,
-            "repeat": repeat,
-            "positions": {"name": "learned", "length": length, "offset": pad + 1},
-            "first_norm": True,
-            "final_norm": False,
-        },
-        "heads": {name: heads[name] for name in HEADS[architecture]},
-    }
+    blocks, repeat = windowed(config, block_of(config), config.size("num_attention_heads"), depth)
+    positions = {"name": "learned", "length": length, "offset": pad + 1}
+    heads = heads_of(config, "gelu")
+    kept = {name: heads[name] for name in HEADS[config.ending(HEADS, default="LongformerModel")]}
+    spec = encoder(config, blocks, repeat, positions, kept)
     facts = Facts(
         family="longformer",
         type="longformer",
@@ -95,33 +66,7 @@ def published_windows(stack: dict[str, Any]) -> list[int]:
 
 def rules(spec: dict[str, Any]) -> list[Rule]:
     """Their names by ours."""
-    found = [Rule(("embedding.weight",), ("longformer.embeddings.word_embeddings.weight",)),
-             Rule(("types.weight",), ("longformer.embeddings.token_type_embeddings.weight",)),
-             Rule(("stack.positions.table.weight",), ("longformer.embeddings.position_embeddings.weight",)),
-             *linear("stack.first_norm", "longformer.embeddings.LayerNorm")]  # fmt: skip
-    for i in range(len(spec["stack"]["blocks"]) * spec["stack"]["repeat"]):
-        ours, theirs = f"stack.blocks.{i}", f"longformer.encoder.layer.{i}"
-        found += projections(f"{ours}.mixer.inner", f"{theirs}.attention.self")
-        found += linear(f"{ours}.mixer.inner.out", f"{theirs}.attention.output.dense")
-        found += linear(f"{ours}.mixer.after", f"{theirs}.attention.output.LayerNorm")
-        found += linear(f"{ours}.feedforward.inner.enter", f"{theirs}.intermediate.dense")
-        found += linear(f"{ours}.feedforward.inner.leave", f"{theirs}.output.dense")
-        found += linear(f"{ours}.feedforward.after", f"{theirs}.output.LayerNorm")
-    heads = spec["heads"]
-    if "pool" in heads:
-        found += linear("heads.pool.dense", "longformer.pooler.dense")
-    if "lm" in heads:
-        found += linear("heads.lm.dense", "lm_head.dense") + linear("heads.lm.norm", "lm_head.layer_norm")
-        found += linear("heads.lm.out", "lm_head.decoder")  # both tied: they may be left out
-        found.append(Rule(("heads.lm.out.bias",), ("lm_head.bias",)))
-    if "classify" in heads:
-        found += linear("heads.classify.dense", "classifier.dense")
-        found += linear("heads.classify.out", "classifier.out_proj")
-    if "tokens" in heads:
-        found += linear("heads.tokens.out", "classifier")
-    if "spans" in heads:
-        found += linear("heads.spans.out", "qa_outputs")
-    return found
+    return body(spec, "longformer", projections) + tail(spec["heads"], "longformer")
 
 
 def projections(ours: str, theirs: str) -> list[Rule]:
@@ -134,29 +79,11 @@ def projections(ours: str, theirs: str) -> list[Rule]:
 
 
 def write(spec: dict[str, Any], facts: Facts) -> dict[str, Any]:
-    stack, heads = spec["stack"], tuple(spec["heads"])
-    architecture = next((name for name, kept in HEADS.items() if set(kept) == set(heads)), None)
-    if architecture is None:
-        raise ValueError(f"longformer: no published architecture has the heads {', '.join(heads) or 'none'}")
-    block, positions, windows = stack["blocks"][0], stack["positions"], published_windows(stack)
     return {
-        **facts.original,
-        "architectures": [architecture],
-        "model_type": "longformer",
-        "hidden_size": spec["width"],
-        "vocab_size": spec["vocab"],
-        "type_vocab_size": spec["types"],
-        "hidden_dropout_prob": spec["dropout"],
-        "num_hidden_layers": len(windows),
-        "num_attention_heads": block["mixer"]["heads"],
-        "attention_window": windows,
-        "intermediate_size": block["feedforward"]["hidden"],
-        "hidden_act": published_activation(block["feedforward"]["activation"]),
-        "layer_norm_eps": block["norm_eps"],
-        "max_position_embeddings": positions["length"] + positions["offset"],
-        "pad_token_id": facts.pad,
+        **written(spec, facts),
+        "architectures": [published_ending("longformer", HEADS, spec["heads"])],
+        "attention_window": published_windows(spec["stack"]),
         "sep_token_id": facts.globals["spans"],
-        **published_labels(spec),
     }
 
 

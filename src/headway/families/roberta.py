@@ -3,13 +3,13 @@ positions begin behind the id of padding."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
-from headway.families import ACTIVATIONS, Config, Facts, Published, Rule, linear, published_activation, published_labels
-from headway.families.bert import body
+from headway.families import Config, Facts, Published, Rule, linear, published_ending, published_ids
+from headway.families.bert import block_of, body, encoder, heads_of, written
 
 TYPES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
-POOL = {"pool": "first", "dense": True, "activation": "tanh"}
 HEADS = {  # what each architecture puts behind the stack
     "Model": ("pool",),
     "ForMaskedLM": ("lm",),
@@ -26,41 +26,16 @@ def read(config: Config) -> Published:
     config.expect("position_embedding_type", "absolute")
     config.expect("tie_word_embeddings", True)
     config.ignore("attention_probs_dropout_prob", "classifier_dropout")
-    width, eps = config.size("hidden_size"), config.take("layer_norm_eps", 1e-12, float)
-    vocab, pad, labels = config.size("vocab_size"), config.take("pad_token_id", 1, int), config.labels()
+    pad = config.take("pad_token_id", 1, int)
     length = config.size("max_position_embeddings", 512) - pad - 1
     if not 0 <= pad <= 15 or length < 1:
         raise ValueError(f"{config.where}: pad_token_id is {pad} and leaves {length} positions; expected 1 or so")
     mixer = {"name": "attention", "heads": config.size("num_attention_heads"), "bias": True}
-    hidden = {"hidden": config.size("intermediate_size"),
-              "activation": config.choose("hidden_act", ACTIVATIONS, "gelu")}  # fmt: skip
-    block = {"mixer": mixer, "feedforward": hidden, "norm": "layer", "norm_eps": eps, "wiring": "post"}
-    heads = {
-        "pool": POOL,
-        "lm": {"dense": True, "activation": "gelu", "norm": "layer", "norm_eps": eps, "outputs": vocab, "tie": True},
-        "classify": {**POOL, "outputs": len(labels), "labels": labels},
-        "tokens": {"outputs": len(labels), "labels": labels},
-        "spans": {"outputs": 2},
-    }
-    architecture = config.architecture or f"{TYPES[kind]}Model"
-    if (ending := architecture.removeprefix(TYPES[kind])) not in HEADS:
-        known = ", ".join(TYPES[kind] + ending for ending in HEADS)
-        raise ValueError(f"{config.where}: architecture {architecture} is not read; there is {known}")
-    spec = {
-        "kind": "encoder",
-        "width": width,
-        "vocab": vocab,
-        "types": config.size("type_vocab_size", 2),
-        "dropout": config.take("hidden_dropout_prob", 0.1, float),
-        "stack": {
-            "blocks": [block],
-            "repeat": config.depth("num_hidden_layers"),
-            "positions": {"name": "learned", "length": length, "offset": pad + 1},
-            "first_norm": True,
-            "final_norm": False,
-        },
-        "heads": {name: heads[name] for name in HEADS[ending]},
-    }
+    positions = {"name": "learned", "length": length, "offset": pad + 1}
+    heads = heads_of(config, "gelu")
+    kept = {name: heads[name] for name in HEADS[config.ending(HEADS, TYPES[kind])]}
+    blocks = [{"mixer": mixer, **block_of(config)}]
+    spec = encoder(config, blocks, config.depth("num_hidden_layers"), positions, kept)
     facts = Facts(family="roberta", type=kind, max_tokens=length, bos=config.take("bos_token_id", 0, int),
                   eos=config.ids("eos_token_id"), pad=pad, original=config.original())  # fmt: skip
     unused = () if "pool" in spec["heads"] else ("*pooler.dense.*",)
@@ -69,9 +44,14 @@ def read(config: Config) -> Published:
 
 def rules(spec: dict[str, Any]) -> list[Rule]:
     """Their names by ours."""
-    found, heads = body(spec, "roberta"), spec["heads"]
+    return body(spec, "roberta") + tail(spec["heads"], "roberta")
+
+
+def tail(heads: Collection[str], root: str) -> list[Rule]:
+    """Those of the heads."""
+    found: list[Rule] = []
     if "pool" in heads:
-        found += linear("heads.pool.dense", "roberta.pooler.dense")
+        found += linear("heads.pool.dense", f"{root}.pooler.dense")
     if "lm" in heads:
         found += linear("heads.lm.dense", "lm_head.dense") + linear("heads.lm.norm", "lm_head.layer_norm")
         found.append(Rule(("heads.lm.out.weight",), ("lm_head.decoder.weight",)))  # tied: may be left out
@@ -88,28 +68,11 @@ def rules(spec: dict[str, Any]) -> list[Rule]:
 
 
 def write(spec: dict[str, Any], facts: Facts) -> dict[str, Any]:
-    block, stack, heads = spec["stack"]["blocks"][0], spec["stack"], spec["heads"]
-    ending = next((name for name, kept in HEADS.items() if set(kept) == set(heads)), None)
-    if ending is None:
-        raise ValueError(f"{facts.type}: no published architecture has the heads {', '.join(heads) or 'none'}")
     return {
-        **facts.original,
-        "architectures": [TYPES[facts.type] + ending],
-        "model_type": facts.type,
-        "hidden_size": spec["width"],
-        "vocab_size": spec["vocab"],
-        "type_vocab_size": spec["types"],
-        "hidden_dropout_prob": spec["dropout"],
-        "num_hidden_layers": stack["repeat"],
-        "num_attention_heads": block["mixer"]["heads"],
-        "intermediate_size": block["feedforward"]["hidden"],
-        "hidden_act": published_activation(block["feedforward"]["activation"]),
-        "layer_norm_eps": block["norm_eps"],
-        "max_position_embeddings": stack["positions"]["length"] + stack["positions"]["offset"],
-        "pad_token_id": facts.pad,
+        **written(spec, facts),
+        "architectures": [TYPES[facts.type] + published_ending(facts.type, HEADS, spec["heads"])],
         "bos_token_id": facts.bos,
-        "eos_token_id": facts.eos[0] if len(facts.eos) == 1 else list(facts.eos) or None,
-        **published_labels(spec),
+        "eos_token_id": published_ids(facts.eos),
     }
 
 

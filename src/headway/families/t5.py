@@ -22,9 +22,7 @@ NAMES = {  # an encoder alone, a bare model (it gets the tied head, as transform
 
 def read(config: Config) -> Published:
     kind = config.data["model_type"]
-    architecture = config.architecture or NAMES[kind][1]
-    if architecture not in NAMES[kind]:
-        raise ValueError(f"{config.where}: architecture {architecture} is not read; there is {', '.join(NAMES[kind])}")
+    architecture = config.ending(NAMES[kind], default=NAMES[kind][1])
     alone, bare = architecture == NAMES[kind][0], architecture == NAMES[kind][1]
     config.expect("is_decoder", False)
     config.expect("is_encoder_decoder", True, *[False] * alone)

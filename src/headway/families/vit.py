@@ -25,7 +25,7 @@ def read(config: Config) -> Published:
         "norm": "layer",
         "norm_eps": eps,
     }  # fmt: skip
-    ending = architecture(config, TYPES[kind], HEADS if kind == "deit" else list(HEADS)[:2])
+    ending = config.ending(HEADS if kind == "deit" else list(HEADS)[:2], TYPES[kind])
     labels = config.labels()
     heads = {
         "pool": {"pool": "first", "dense": True, "activation": config.choose("pooler_act", ACTIVATIONS, "tanh")},
@@ -43,15 +43,6 @@ def read(config: Config) -> Published:
     pooling = "pool" if HEADS[ending] == "pool" else "first"
     facts = Facts(family="vit", type=kind, pooling=pooling, original=config.original())
     return Published(spec, facts, rules(spec, f"{kind}."), f"{kind}.")
-
-
-def architecture(config: Config, name: str, endings: Any) -> str:
-    """What follows the family's name in the first of `architectures`."""
-    ending = (config.architecture or f"{name}Model").removeprefix(name)
-    if ending not in endings:
-        known = ", ".join(name + known for known in endings)
-        raise ValueError(f"{config.where}: architecture {config.architecture} is not read; there is {known}")
-    return ending
 
 
 def attention(config: Config, heads: int) -> dict[str, Any]:
