@@ -40,24 +40,22 @@ def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = to
     _join(net)
     linears = [m for m in net.modules() if type(m) is nn.Linear and m.weight.numel() >= WORTH]
     fast: dict[nn.Module, nn.Module] = {}
-    tables = {id(m.weight) for m in net.modules() if type(m) is nn.Embedding}
+    tables: dict[int, list[nn.Embedding]] = {}  # by their weight, which a linear may share
+    for module in net.modules():
+        if type(module) is nn.Embedding:
+            tables.setdefault(id(module.weight), []).append(module)
     for parameter in net.parameters():
         if quantize is None or not any(parameter is linear.weight for linear in linears):
             parameter.data = parameter.data.to(dtype)
     while linears:
         linear = linears.pop()
-        tied = id(linear.weight) in tables
+        tied = tables.get(id(linear.weight), [])
         if quantize == "int8":
             rounded, scales = round_weight(linear.weight, mix)
             fast[linear] = Int8Linear(rounded, scales, linear.bias, dtype, mix)
-            for module in net.modules() if tied else ():
-                if type(module) is nn.Embedding and module.weight is linear.weight:
-                    fast[module] = Int8Embedding(rounded, scales, dtype, mix)
+            fast |= {table: Int8Embedding(rounded, scales, dtype, mix) for table in tied}
         elif torch.backends.mkldnn.is_available():
-            packed = PackedLinear(linear.weight, linear.bias, share=tied and dtype == torch.float32)
-            tables_of = (m for m in net.modules() if type(m) is nn.Embedding and m.weight is linear.weight)
-            packed.table = (next(tables_of, None),)
-            fast[linear] = packed
+            fast[linear] = PackedLinear(linear.weight, linear.bias, tied[0] if tied else None)
         _replace(net, fast)
         fast.clear()
     _give_back()
@@ -104,12 +102,11 @@ class Part(nn.Module):
     def apart(self) -> nn.Linear:
         """A linear of its own again."""
         whole = self.joint.whole
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, bias=whole.bias is not None)
-        linear.weight = nn.Parameter(whole.weight[self.begin : self.end].detach().clone())
-        if whole.bias is not None:
-            linear.bias = nn.Parameter(whole.bias[self.begin : self.end].detach().clone())
-        return linear
+        weight, bias = (
+            None if t is None else nn.Parameter(t[self.begin : self.end].detach().clone())
+            for t in (whole.weight, whole.bias)
+        )
+        return _linear(weight, bias)
 
 
 class Joint(nn.Module):
@@ -140,16 +137,21 @@ def _join(net: nn.Module) -> None:
         assert isinstance(one, nn.Linear) and isinstance(two, nn.Linear)
         if one.in_features != two.in_features or (one.bias is None) != (two.bias is None):
             continue
-        with torch.device("meta"):
-            whole = nn.Linear(one.in_features, one.out_features + two.out_features, bias=one.bias is not None)
-        whole.weight = nn.Parameter(torch.cat([one.weight, two.weight]), requires_grad=False)
-        if one.bias is not None:
-            whole.bias = nn.Parameter(torch.cat([one.bias, two.bias]), requires_grad=False)
-        joint = Joint(whole, 2)
-        module.query, module.key_value = (
-            Part(joint, 0, one.out_features),
-            Part(joint, one.out_features, whole.out_features),
-        )
+        weight = nn.Parameter(torch.cat([one.weight, two.weight]), requires_grad=False)
+        bias = None if one.bias is None else nn.Parameter(torch.cat([one.bias, two.bias]), requires_grad=False)
+        joint = Joint(_linear(weight, bias), 2)
+        module.query = Part(joint, 0, one.out_features)
+        module.key_value = Part(joint, one.out_features, len(weight))
+
+
+def _linear(weight: Any, bias: nn.Parameter | None) -> nn.Linear:
+    """A linear of these very parameters; none of its own are drawn before."""
+    with torch.device("meta"):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = bias
+    return linear
 
 
 def nbytes(net: nn.Module) -> int:
@@ -172,9 +174,7 @@ class Prepared(nn.Module):
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features, self.out_features = inputs, outputs
-        self.weight = torch.empty(
-            0, dtype=dtype
-        )  # mixers ask a weight for its dtype and device; there is no more of it
+        self.weight = torch.empty(0, dtype=dtype)  # all that mixers ask of a weight: its dtype and device
 
     def tensors(self) -> list[Tensor]:
         """The plain tensors it holds."""
@@ -195,31 +195,28 @@ class Prepared(nn.Module):
 class PackedLinear(Prepared):
     """x W^T + b with W in the layout of oneDNN. weight: (outputs, inputs), float32 or bfloat16; bias: (outputs).
 
-    share: leave the weight as it is, because an embedding reads it too: as fast for one row, a third slower for eight.
-    A row's result is the same bits in any batch.
+    table: the embedding whose weight it is. In float32 the weight then stays as it is, for both: as fast for one row, a
+    third slower for eight. A row's result is the same bits in any batch.
     """
 
-    def __init__(self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, share: bool = False) -> None:
+    def __init__(
+        self, weight: Float[Tensor, "N K"], bias: Float[Tensor, " N"] | None, table: nn.Embedding | None = None
+    ) -> None:
         super().__init__(weight.shape[1], weight.shape[0], weight.dtype)
-        weight = weight.detach()
+        weight, share = weight.detach(), table is not None and weight.dtype == torch.float32
         self.bias = None if bias is None else bias.detach()
         self.layout = weight if share else torch.ops.mkldnn._reorder_linear_weight(weight)
         self.packed_bytes = 0 if share else weight.nbytes
         self.product = torch.ops.mkldnn._linear_pointwise.default._op
-        self.table: tuple[nn.Embedding | None] = (None,)  # whose weight it was; in a tuple, it is nobody's child
+        self.table = (table,)  # in a tuple, it is nobody's child
 
     def unpacked(self) -> nn.Linear:
         """The linear that it was; tied again where it was tied."""
-        with torch.device("meta"):
-            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        table = self.table[0]
+        bias = None if self.bias is None else nn.Parameter(self.bias)
+        if self.table[0] is not None:
+            return _linear(self.table[0].weight, bias)
         plain = self.layout.to_dense() if self.layout.is_mkldnn else self.layout
-        linear.weight = (
-            nn.Parameter(plain.clone() if plain.is_inference() else plain) if table is None else table.weight
-        )
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias)
-        return linear
+        return _linear(nn.Parameter(plain.clone() if plain.is_inference() else plain), bias)
 
     def forward(self, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
         if x.requires_grad or x.dtype != self.weight.dtype:
@@ -254,13 +251,14 @@ class Int8Linear(Prepared):
         # FBGEMM: rounds x / scale to whole numbers, multiplies, and answers in float32
         self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
         self.packed_bytes = rounded.nbytes + 3 * scales.nbytes  # beside weights: scales, zero points, sums of columns
+        self.of_one = self._of_one()
 
     def forward(self, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
         if x.requires_grad:
             raise ValueError(_unfit(x, self.weight.dtype))
         rows = x.reshape(-1, self.in_features).float()
         if len(rows) == 1:
-            y = self._one(rows)
+            y = self.of_one(rows)
         elif len(rows) <= CHUNK:
             y = self._some(rows)
         else:
@@ -269,26 +267,21 @@ class Int8Linear(Prepared):
                 out.copy_(self._some(part))
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
-    def of_one(self) -> Callable[[Tensor], Tensor]:
-        """`forward` for one token alone, `Float[1 1 K]` in float32, without what it need not ask."""
-        mixing, product, packed, bias = self.hadamard, self.product, self.packed, self.bias
-        size, inputs, outputs = len(self.hadamard), self.in_features, self.out_features
-        mm, aminmax = torch.mm, torch.aminmax
+    def _of_one(self) -> Callable[[Tensor], Tensor]:
+        """`forward` for one token alone, `Float[1 1 K]` in float32, without what it need not ask.
 
-        def apply(x: Tensor) -> Tensor:
-            row = mm(x.view(-1, size), mixing).view(1, inputs)
+        The scale goes in as a number: half the operations, and one row is bound by their overhead.
+        """
+        mixing, product, packed, bias = self.hadamard, self.product, self.packed, self.bias
+        size, inputs, outputs, mm, aminmax = len(mixing), self.in_features, self.out_features, torch.mm, torch.aminmax
+
+        def apply(x: Tensor) -> Tensor:  # `blockwise` written out: this runs a hundred times a token
+            row = x.view(1, inputs) if size == 1 else mm(x.view(-1, size), mixing).view(1, inputs)
             least, most = aminmax(row)
             y = product(row, max(most.item(), -least.item(), TINY) / 127, 128, packed)
             return (y if bias is None else y.add_(bias)).view(1, 1, outputs)
 
         return apply
-
-    def _one(self, row: Float[Tensor, "1 K"]) -> Float[Tensor, "1 N"]:
-        """The scale goes in as a number: half the operations, and one row is bound by their overhead."""
-        row = blockwise(row, self.hadamard)
-        least, most = torch.aminmax(row)
-        y = self.product(row, max(most.item(), -least.item(), TINY) / 127, 128, self.packed)
-        return y if self.bias is None else y.add_(self.bias)
 
     def _some(self, rows: Float[Tensor, "R K"]) -> Float[Tensor, "R N"]:
         rows = blockwise(rows, self.hadamard)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from headway.block import Block, Residual, Stack, States
 from headway.generate import step as flat
-from headway.layers import FeedForward, activate
 from headway.mixers.attention import Attention
 from headway.models import decoder
 from headway.positions import Learned, Positions, Rotary
@@ -73,7 +72,7 @@ def _block(
     if feedforward is None:
         return lambda x, pos, turns: after(x, mix(before(x), pos, turns))
     enter, leave = _around(feedforward)
-    apply = _feedforward(feedforward.inner, rows)
+    apply = _bare(feedforward.inner, rows)
 
     def run(x: Tensor, pos: Tensor, turns: Turns) -> Tensor:
         x = after(x, mix(before(x), pos, turns))
@@ -130,28 +129,14 @@ def _projection(mixer: Attention, rows: int) -> Apply:
     return lambda h: torch.cat([of_queries(h), of_rest(h)], -1)
 
 
-def _feedforward(inner: nn.Module, rows: int) -> Apply:
-    if type(inner) is not FeedForward or _watched(inner, inner.enter, inner.leave):
-        return inner
-    enter, leave, name = _bare(inner.enter, rows), _bare(inner.leave, rows), inner.activation
-    if not inner.gated:
-        return lambda x: leave(activate(enter(x), name))
-
-    def gated(x: Tensor) -> Tensor:
-        gate, h = enter(x).chunk(2, -1)
-        return leave(activate(gate, name).mul_(h))
-
-    return gated
-
-
 def _bare(module: nn.Module, rows: int = 0) -> Apply:
     """The function of one tensor that `module` is; beyond what is exact, a root-mean-square norm in one pass."""
     if isinstance(module, Int8Linear) and rows == 1 and module.weight.dtype == torch.float32 and not _watched(module):
-        return module.of_one()
+        return module.of_one
     if isinstance(module, Prepared) and not _watched(module):
         return module.forward
     if type(module) is not nn.RMSNorm or _watched(module) or module.weight is None:
-        return flat._bare(module)
+        return flat._bare(module, lambda part: _bare(part, rows))
     width = module.normalized_shape[0]
     eps = torch.finfo(module.weight.dtype).eps if module.eps is None else module.eps
     double, shape = torch.cat([module.weight, module.weight]), (2 * width,)

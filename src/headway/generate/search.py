@@ -19,9 +19,7 @@ from headway.models.seq2seq import Memory, Model
 from headway.text import BOS, EOS, PAD
 
 EXPECTED = 16  # tokens that states have room for at first; it doubles, and `limit` is far beyond most answers
-CROWDED = (
-    0.75  # share of rows still going below which the others leave; it costs a copy, so not for every row that ends
-)
+CROWDED = 0.75  # share of rows still going below which the others leave: it costs a copy, so not for each that ends
 
 
 class Found(NamedTuple):

@@ -150,8 +150,11 @@ def _plain(mixer: Attention, x: Tensor, mask: Mask = FULL, *, biased: bool = Fal
     return explain(q, k, k, mask, bias=bias).startswith("sdpa")
 
 
-def _bare(module: nn.Module) -> Apply:
-    """The function of one tensor that `module` is, or the module itself where it is not one of those known here."""
+def _bare(module: nn.Module, inside: Callable[[nn.Module], Apply] | None = None) -> Apply:
+    """The function of one tensor that `module` is, or the module itself where it is not one of those known here.
+
+    `inside`: what is asked of the modules in it (default: the same as of itself).
+    """
     if _watched(module):
         return module
     kind = type(module)
@@ -169,7 +172,7 @@ def _bare(module: nn.Module) -> Apply:
     if isinstance(module, nn.RMSNorm) and kind is nn.RMSNorm:
         return partial(torch.rms_norm, normalized_shape=module.normalized_shape, weight=module.weight, eps=module.eps)
     if isinstance(module, FeedForward) and kind is FeedForward:
-        enter, leave, name = _bare(module.enter), _bare(module.leave), module.activation
+        enter, leave, name = *map(inside or _bare, (module.enter, module.leave)), module.activation
         if not module.gated:
             return lambda x: leave(activate(enter(x), name))
 

@@ -33,10 +33,8 @@ class Text:
 
     def add(self, id: int, log_probability: float, ended: bool) -> str:
         """Takes one token; returns what may be shown now."""
-        self.log_probabilities.append(log_probability)
-        if not ended:
-            self.ids.append(id)
-        self.text = self._decode(self.before + self.ids)[self.lead :]  # with what came before: spaces depend on it
+        self.keep(id, log_probability, ended)
+        self.read()
         found = [at for text in self.stop if (at := self.text.find(text)) >= 0]
         if found:
             self.text, self.stopped = self.text[: min(found)], True
@@ -50,7 +48,7 @@ class Text:
 
     def read(self) -> None:
         """The text of what was kept."""
-        self.text = self._decode(self.before + self.ids)[self.lead :]
+        self.text = self._decode(self.before + self.ids)[self.lead :]  # with what came before: spaces depend on it
 
     def rest(self) -> str:
         """What waited, once nothing more comes."""

@@ -13,13 +13,12 @@ import torch
 from msgspec import Meta
 
 from headway.generate.sampling import Drawn, Sampling, draw
+from headway.generate.search import CROWDED, Beams
 from headway.generate.writer import writer_of
 from headway.loaded import Loaded
 from headway.models import seq2seq
 from headway.positions import Learned
 from headway.spec import Size
-
-CROWDED = 0.75  # share of rows still going below which the others leave: it costs a copy
 
 
 class Options(Sampling, frozen=True):
@@ -123,8 +122,6 @@ def forced(model: Loaded, step: int, room: int) -> int | None:
 @torch.inference_mode()
 def beams(model: Loaded, rows: Sequence[Sequence[int]], how: Options) -> list[Written]:
     """The best of `how.beams` beginnings of each row; one cut at the limit wins only where none has ended."""
-    from headway.generate.search import Beams
-
     rooms = room_for(model, rows, how.tokens)
     if len(set(rooms)) > 1:  # some end where the model does: none may cut its neighbours short
         return [beams(model, [row], how)[0] for row in rows]
