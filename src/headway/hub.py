@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,11 +24,11 @@ from headway.generate.answers import Generation, answer_all
 from headway.generate.texts import generate, options, stream
 from headway.header import refuse_pickle
 from headway.heads import HeadSpec
-from headway.image import ImageSpec, from_published
+from headway.image import ImageSpec, from_published, to_published
 from headway.loaded import MAX_TOKENS, Facts
 from headway.loaded import Loaded as Bare
 from headway.spec import convert
-from headway.store import check_fit, read_folder, read_json
+from headway.store import check_fit, read_folder, read_json, replacing
 from headway.text import Tokenizer
 from headway.transfer import blank, fill, published
 from headway.use.answer import Answer, answer
@@ -333,8 +336,6 @@ def build(
 
 def rules_for(found: Published, names: Collection[str], heads: Mapping[str, Any] | None = None) -> list[Any]:
     """The rules, with the prefix left out where a file of the bare model leaves it out."""
-    from fnmatch import fnmatchcase
-
     bare = bool(found.prefix) and not any(name.startswith(found.prefix) for name in names)
     rules = []
     for rule in found.rules:
@@ -349,14 +350,8 @@ def rules_for(found: Published, names: Collection[str], heads: Mapping[str, Any]
 
 def export(model: Loaded, folder: Path) -> None:
     """A folder that transformers loads, atomically."""
-    import json
-
-    from headway.store import replacing
-
     if not model.facts.family:
         raise ValueError("save: this model is of no published family, so transformers cannot load it: format='headway'")
-    import msgspec
-
     spec = msgspec.to_builtins(model.spec)
     family = families.family(model.facts.family)
     config = family.write(spec, model.facts)
@@ -368,8 +363,6 @@ def export(model: Loaded, folder: Path) -> None:
     if model.kind in ("encoder", "decoder"):
         files |= sentence_files(model.facts, spec["width"])
     if model.image is not None:
-        from headway.image import to_published
-
         files["preprocessor_config.json"] = to_published(model.image)
     with replacing(folder) as fresh:
         write_shards(fresh, published(model.net, found.rules))
@@ -380,8 +373,6 @@ def export(model: Loaded, folder: Path) -> None:
 
 def _same_heads(ours: dict[str, Any], theirs: dict[str, Any], config: dict[str, Any]) -> None:
     """Refuses a new head that the other library would compute otherwise; what its outputs are called is the user's."""
-    import msgspec
-
     for name, head in ours.items():
         own, other = (msgspec.structs.asdict(convert(one, HeadSpec, name)) for one in (head, theirs.get(name, {})))
         wrong = {key: value for key, value in other.items() if key != "labels" and own[key] != value}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ class Loaded:
         self.spec, self.image = spec, image
         self.source, self.target = source, target if target is not None else source
         given = {"max_tokens": max_tokens, "lowercase": lowercase}
-        self.facts = _with(facts or Facts(), given)
+        told = {key: value for key, value in given.items() if value is not None}
+        self.facts = msgspec.structs.replace(facts or Facts(), **told)
 
     @property
     def kind(self) -> str:
@@ -163,10 +165,15 @@ class Loaded:
         return ids[: limit - len(closing)] + closing, types[:limit]
 
     @property
+    def vocab(self) -> int | None:
+        """How many ids the network reads; None where it reads none."""
+        return self.spec.get("vocab", self.spec.get("source_vocab"))
+
+    @property
     def padding(self) -> int:
         """An id to pad with, which nobody reads; old files name one (-1) that no table of embeddings has."""
         pad = self.facts.pad or 0
-        return pad if 0 <= pad < self.spec.get("vocab", self.spec.get("source_vocab", pad + 1)) else 0
+        return pad if 0 <= pad < (self.vocab or pad + 1) else 0
 
     def batch(self, rows: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None = None) -> Inputs:
         """Rows of ids as one batch, padded on the right."""
@@ -200,12 +207,10 @@ class Loaded:
         if self.kind == "vision":
             return self.net(self._pixels(inputs, valid, mask))
         given = self._given(inputs, valid)
-        more: dict[str, Any] = {} if mask is None else {"mask": mask}
         if isinstance(self.net, seq2seq.Model):
-            return self.net.encode(given.ids, given.valid, **more).x
-        if given.types is not None:
-            more["types"] = given.types
-        return self.net(given.ids, given.valid, **more)
+            return self.net.encode(given.ids, given.valid, mask).x
+        more = {} if given.types is None else {"types": given.types}  # which decoders do not have
+        return self.net(given.ids, given.valid, mask=mask, **more)
 
     @torch.inference_mode()
     def logits(
@@ -225,8 +230,7 @@ class Loaded:
             if target is None or head is not None:
                 raise ValueError("the logits of an encoder-decoder are of target ids: pass target=, and no head=")
             given = self._given(inputs, valid)
-            memory = self.net.encode(given.ids, given.valid, **({} if mask is None else {"mask": mask}))
-            return self.net.decode(target.to(self.device), memory)
+            return self.net.decode(target.to(self.device), self.net.encode(given.ids, given.valid, mask))
         self._refuse_towers()
         if target is not None:
             raise ValueError(f"target= is for encoder-decoders, and this is a {self.kind}: leave it out")
@@ -282,8 +286,11 @@ class Loaded:
         if not isinstance(inputs, Tensor):
             return self.inputs(list(inputs))
         self.check_length(inputs.shape[1])
-        vocab = self.spec.get("vocab", self.spec.get("source_vocab"))
-        if vocab and inputs.numel() and not 0 <= (wrong := int(inputs.min())) <= (most := int(inputs.max())) < vocab:
+        if (
+            (vocab := self.vocab)
+            and inputs.numel()
+            and not 0 <= (wrong := int(inputs.min())) <= (most := int(inputs.max())) < vocab
+        ):
             raise ValueError(
                 f"id {wrong if wrong < 0 else most} is outside this model's {vocab} ids (0 to {vocab - 1})"
             )
@@ -299,18 +306,17 @@ class Loaded:
 
         What uses a model does it by itself, and `save` undoes it; `unpack` before training.
         """
-        if quantize is not None:
-            self.unpack()
-        if quantize is not None or (self.device.type == "cpu" and self.facts.family and not is_prepared(self.net)):
-            if quantize is not None and self.device.type != "cpu":
-                raise ValueError(
-                    f"quantize='{quantize}' is for a CPU, and this model is on {self.device}: leave it out"
-                )
-            if quantize is None and not packs(self.dtype):
-                return
-            # where many tokens go together, spreading outliers costs time, and vectors need it less than likelihoods do
-            mix = {"mix": 1} if self.kind in ("encoder", "vision", "dual") else {}
-            prepare(self.net, quantize, self.dtype, **mix)
+        on_cpu = self.device.type == "cpu"
+        if quantize is None:
+            if on_cpu and self.facts.family and packs(self.dtype) and not is_prepared(self.net):
+                prepare(self.net, None, self.dtype)
+            return
+        self.unpack()
+        if not on_cpu:
+            raise ValueError(f"quantize='{quantize}' is for a CPU, and this model is on {self.device}: leave it out")
+        # where many tokens go together, spreading outliers costs time, and vectors need it less than likelihoods do
+        mix = {"mix": 1} if self.kind in ("encoder", "vision", "dual") else {}
+        prepare(self.net, quantize, self.dtype, **mix)
 
     def unpack(self) -> None:
         """The weights as PyTorch holds them: to train, change or save them."""
@@ -327,10 +333,7 @@ class Loaded:
 
     def save(self, folder: str | Path) -> None:
         """Writes the model as a Headway folder, atomically."""
-        import msgspec
-
         self.unpack()
-
         record = {
             "headway": __version__,
             "model": msgspec.to_builtins(self.spec),
@@ -344,9 +347,3 @@ class Loaded:
         if self.target is not None and self.target is not self.source:
             records["target"] = self.target.record()
         write_folder(Path(folder), {"model": self.net.state_dict()}, records)
-
-
-def _with(facts: Facts, given: dict[str, Any]) -> Facts:
-    import msgspec
-
-    return msgspec.structs.replace(facts, **{key: value for key, value in given.items() if value is not None})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headway.heads import HeadSpec, pool
 from headway.loaded import Loaded
-from headway.use.passes import Watch, compute, groups, listed, passes, pictures, strings
+from headway.use.passes import Watch, compute, groups, listed, pictures, strings
 
 POOLS = ("mean", "first", "last")
 
@@ -124,10 +124,7 @@ def _tower(
         for rows, pixels in pictures(model, inputs, "embed", watch=watch):
             yield rows, compute(net.head, "project", compute(net, pixels))
         return
-    found = model.tokenizer.encode_all(inputs)
-    fitted = [model.fitted(ids, kinds, text, truncate) for (ids, kinds), text in zip(found, inputs, strict=True)]
-    ids, types = [one for one, _ in fitted], [kinds for _, kinds in fitted]
-    for group in passes(model, ids, types, net=net, batch_tokens=batch_tokens, watch=watch):
+    for group in groups(model, inputs, net=net, truncate=truncate, batch_tokens=batch_tokens, watch=watch):
         yield group.rows, compute(net.head, "project", group.hidden, group.ids, group.valid)
 
 

@@ -63,18 +63,20 @@ def groups(
     model: Loaded,
     texts: Sequence[str],
     *,
+    net: Any = None,
     task: str = "",
     truncate: bool = False,
     batch_tokens: int | None = None,
     watch: Watch | None = None,
 ) -> Iterator[Group]:
-    """The hidden states of texts, groups in no given order. `task`: the head that will read them (global tokens)."""
+    """The hidden states of texts, groups in no given order. `task`: the head that will read them (global tokens);
+    `net`: a part of the model that reads them, such as a tower."""
     rows, types = [], []
     for text, (ids, kinds) in zip(texts, model.tokenizer.encode_all(texts), strict=True):
         ids, kinds = model.fitted(ids, kinds, text, truncate)
         rows.append(ids)
         types.append(kinds)
-    yield from passes(model, rows, types, task=task, batch_tokens=batch_tokens, watch=watch)
+    yield from passes(model, rows, types, net=net, task=task, batch_tokens=batch_tokens, watch=watch)
 
 
 def passes(
