@@ -5,32 +5,31 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from headway import families, machine, models
 from headway.families import Published
-from headway.families._sentence import sentence_files, with_sentence
+from headway.families._export import export
+from headway.families._sentence import with_sentence
 from headway.generate.answers import Generation, answer_all
 from headway.generate.texts import generate, options, stream
 from headway.header import refuse_pickle
 from headway.heads import HeadSpec
-from headway.image import ImageSpec, from_published, to_published
+from headway.image import ImageSpec, from_published
 from headway.loaded import MAX_TOKENS, Facts
 from headway.loaded import Loaded as Bare
 from headway.spec import convert
-from headway.store import check_fit, read_folder, read_json, replacing
+from headway.store import check_fit, read_folder, read_json
 from headway.text import Tokenizer
-from headway.transfer import blank, fill, published
+from headway.transfer import Rule, blank, fill
 from headway.use.answer import Answer, answer
 from headway.use.classify import TEMPLATE, Classified, Span, classify
 from headway.use.embed import embed
@@ -38,7 +37,7 @@ from headway.use.fill import Filled
 from headway.use.fill import fill as fill_gaps
 from headway.use.passes import Watch
 from headway.vocabulary import PublishedTokenizer
-from headway.weights import open_weights, write_shards
+from headway.weights import open_weights
 
 __all__ = ["Generation", "Loaded", "load", "safe_name"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -226,7 +225,7 @@ def _folder(folder: Path, device: Any, dtype: str, heads: Mapping[str, Any] | No
 
 def _own(folder: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) -> Loaded:
     """A folder that `Loaded.save` wrote; every byte is checked."""
-    tensors, records = read_folder(folder)
+    tensors, records = read_folder(folder, open_weights)
     for part in ("spec", "source", "target"):
         if part in records and not isinstance(records[part], dict):
             raise ValueError(f"{folder / part}.json: not an object; the folder is not a whole model")
@@ -243,7 +242,7 @@ def _own(folder: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None)
     for side, tokenizer in (("source", source), ("target", target)):
         if isinstance(tokenizer, Tokenizer) and tokenizer.vocab != model.get(f"{side}_vocab", model.get("vocab")):
             raise ValueError(f"{folder / side}.json: not the tokenizer that spec.json was made with")
-    net = _network(model, tensors.get("model", {}), folder, heads).to(device, DTYPES[dtype])
+    net = _network(model, tensors.get("model", {}), folder, device, dtype, heads)
     image = convert(spec["image"], ImageSpec, where) if "image" in spec else None
     return Loaded(net, _with_heads(model, heads), source, target, facts=facts, image=image)
 
@@ -257,7 +256,12 @@ def _tokenizer(folder: Path, side: str, records: dict[str, Any]) -> Tokenizer | 
 
 
 def _network(
-    spec: dict[str, Any], tensors: dict[str, Tensor], folder: Path, heads: Mapping[str, Any] | None
+    spec: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    device: Any,
+    dtype: str,
+    heads: Mapping[str, Any] | None,
 ) -> nn.Module:
     """The network of a spec, but only once its shapes are known to be those of `tensors`."""
     try:
@@ -265,10 +269,37 @@ def _network(
             sketch = models.build(spec)
     except (ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{folder / 'spec.json'}: {str(error).splitlines()[0]}") from None
-    check_fit(sketch, tensors, folder / "model.safetensors")
-    net = models.build(_with_heads(spec, heads))
-    net.load_state_dict({k: v for k, v in tensors.items() if not (heads and k.startswith("heads."))}, strict=not heads)
+    where = folder / "model.safetensors"
+    check_fit(sketch, tensors, where)
+    return _filled(
+        _with_heads(spec, heads), tensors, [Rule((name,), (name,)) for name in tensors], where, device, dtype, heads
+    )
+
+
+def _filled(
+    spec: dict[str, Any],
+    weights: Mapping[str, Tensor],
+    rules: Iterable[Rule],
+    where: Path,
+    device: Any,
+    dtype: str,
+    heads: Mapping[str, Any] | None,
+) -> nn.Module:
+    """The network of a spec, filled tensor by tensor; new `heads` are initialised, and the file's own passed over."""
+    with blank():
+        net = models.assemble(spec)
+    if heads:
+        rules = [part for rule in rules for part in _passed_over(rule)]
+    fresh = [f"heads.{name}.*" for name in heads or {}]
+    fill(net, weights, rules, dtype=DTYPES[dtype], allow_fresh=fresh, where=where, device=device)
     return net
+
+
+def _passed_over(rule: Rule) -> list[Rule]:
+    """The rule, or, where it is of a head, that what it names is for nobody."""
+    if any(name.startswith("heads.") for name in rule.ours):
+        return [Rule((), (name,)) for name in rule.theirs]
+    return [rule]
 
 
 def _with_heads(spec: dict[str, Any], heads: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -326,60 +357,18 @@ def build(
     """A published checkpoint's model, filled tensor by tensor."""
     _check_dtype(found.facts, dtype, where)
     spec = _with_heads(found.spec, heads)
-    with blank():
-        net = models.assemble(spec)
-    fresh = [f"heads.{name}.*" for name in heads or {}]
-    rules = rules_for(found, weights, heads)
-    fill(net, weights, rules, dtype=DTYPES[dtype], allow_fresh=fresh, where=where, device=device)
+    net = _filled(spec, weights, rules_for(found, weights), where, device, dtype, heads)
     return Loaded(net, spec, tokenizer, facts=found.facts, image=image)
 
 
-def rules_for(found: Published, names: Collection[str], heads: Mapping[str, Any] | None = None) -> list[Any]:
+def rules_for(found: Published, names: Collection[str]) -> list[Rule]:
     """The rules, with the prefix left out where a file of the bare model leaves it out."""
     bare = bool(found.prefix) and not any(name.startswith(found.prefix) for name in names)
-    rules = []
-    for rule in found.rules:
-        ours = () if heads and any(name.startswith("heads.") for name in rule.ours) else rule.ours
-        theirs = tuple(name.removeprefix(found.prefix) if bare else name for name in rule.theirs)
-        rules += (
-            [rule._replace(ours=ours, theirs=theirs)] if ours else [rule._replace(ours=(), theirs=(t,)) for t in theirs]
-        )
+    rules = found.rules
+    if bare:
+        rules = [rule._replace(theirs=tuple(name.removeprefix(found.prefix) for name in rule.theirs)) for rule in rules]
     ignored = [name for name in names if any(fnmatchcase(name, pattern) for pattern in found.ignore)]
-    return rules + [families.Rule((), (name,)) for name in ignored]
-
-
-def export(model: Loaded, folder: Path) -> None:
-    """A folder that transformers loads, atomically."""
-    if not model.facts.family:
-        raise ValueError("save: this model is of no published family, so transformers cannot load it: format='headway'")
-    spec = msgspec.to_builtins(model.spec)
-    family = families.family(model.facts.family)
-    config = family.write(spec, model.facts)
-    found = families.read(config, "config.json")
-    _same_heads(spec.get("heads", {}), msgspec.to_builtins(found.spec).get("heads", {}), config)
-    files: dict[str, Any] = {"config.json": config}
-    if isinstance(model.source, PublishedTokenizer):
-        files |= model.source.files()
-    if model.kind in ("encoder", "decoder"):
-        files |= sentence_files(model.facts, spec["width"])
-    if model.image is not None:
-        files["preprocessor_config.json"] = to_published(model.image)
-    with replacing(folder) as fresh:
-        write_shards(fresh, published(model.net, found.rules))
-        for name, record in files.items():
-            (fresh / name).parent.mkdir(exist_ok=True)
-            (fresh / name).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def _same_heads(ours: dict[str, Any], theirs: dict[str, Any], config: dict[str, Any]) -> None:
-    """Refuses a new head that the other library would compute otherwise; what its outputs are called is the user's."""
-    for name, head in ours.items():
-        own, other = (msgspec.structs.asdict(convert(one, HeadSpec, name)) for one in (head, theirs.get(name, {})))
-        wrong = {key: value for key, value in other.items() if key != "labels" and own[key] != value}
-        if wrong:
-            needs = ", ".join(f"{key}={value!r}" for key, value in wrong.items())
-            raise ValueError(f"save: transformers' {config['architectures'][0]} has a head {name!r} with {needs}: "
-                             "give the new head that form, or save with format='headway'")  # fmt: skip
+    return rules + [Rule((), (name,)) for name in ignored]
 
 
 def safe_name(name: str) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,13 @@ def replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def read_folder(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What `write_folder` wrote, every byte checked against the manifest."""
-    tensors, records = {}, {}
+def read_folder(
+    folder: Path, read: Callable[[Path], Mapping[str, Tensor]] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `write_folder` wrote, every byte checked against the manifest; `read` opens its tensors (default: into
+    memory, as a dict)."""
+    tensors: dict[str, Any] = {}
+    records: dict[str, Any] = {}
     for name, expected in read_json(folder / MANIFEST, dict).items():
         file = folder / name
         if file.name != name or file.suffix not in (".json", ".safetensors"):
@@ -60,8 +64,10 @@ def read_folder(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
         with _reading(file):
             if _sha256(file) != expected:
                 raise ValueError("its contents changed since it was written")
-            if file.suffix == ".safetensors":
+            if file.suffix == ".safetensors" and read is None:
                 tensors[file.stem] = load_file(file)
+        if file.suffix == ".safetensors" and read is not None:
+            tensors[file.stem] = read(file)
         if file.suffix == ".json":
             records[file.stem] = read_json(file, object)
     return tensors, records
@@ -105,11 +111,17 @@ def restore_model(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> 
     model.load_state_dict(tensors)
 
 
-def check_fit(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
+def shapes_of(tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
+    """The shapes of tensors, without reading those of a mapping that knows them (`shapes`)."""
+    known = getattr(tensors, "shapes", None)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()} if known is None else known
+
+
+def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
     """Refuses tensors that are not this model's; the model may be on the meta device, where it costs nothing."""
-    own = dict(model.state_dict())
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    wrong = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    own, given = shapes_of(model.state_dict()), shapes_of(tensors)
+    missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    wrong = [name for name in own.keys() & given.keys() if own[name] != given[name]]
     if missing or extra or wrong:
         fault = (
             f"{len(missing)} missing, {len(extra)} unexpected, {len(wrong)} of another shape; "

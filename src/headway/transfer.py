@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from headway.header import shown
 from headway.layers import initialise
+from headway.store import shapes_of
 from headway.weights import Weights, rowed
 
 
@@ -74,12 +75,14 @@ def fill(
 ) -> list[str]:
     """Gives every parameter and buffer of `net` its published values, in `dtype`; returns the names that got none.
 
+    Tables that no file holds (the angles of rotary positions) keep their dtype, and come along to `device`.
+
     Strict: what is missing, unexpected or misshapen is a ValueError before anything is read, and `net` is as it was.
     Only names that match a pattern of `allow_fresh` may be missing; they are initialised. Tensors that `net` ties are
     read once, and must be equal where `weights` hold several of them. `where` is named in errors.
     """
     own = net.state_dict(keep_vars=True)
-    shapes = _shapes(weights)
+    shapes = shapes_of(weights)
     rules = [_rule(rule) for rule in rules]
     chosen = [rule for rule in rules if any(name in shapes for name in rule.theirs)]
     fresh = _lacking(own, chosen, allow_fresh)
@@ -152,11 +155,6 @@ def _rule(given: Any) -> Rule:
     return rule
 
 
-def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    known = getattr(weights, "shapes", None)
-    return {name: tuple(tensor.shape) for name, tensor in weights.items()} if known is None else known
-
-
 def _lacking(own: dict[str, Tensor], chosen: list[Rule], allow_fresh: Collection[str]) -> list[str]:
     """What no rule gives a value, of the names that may go without."""
     given = {id(own[name]) for rule in chosen for name in rule.ours if name in own}
@@ -167,7 +165,7 @@ def _lacking(own: dict[str, Tensor], chosen: list[Rule], allow_fresh: Collection
 def _check(
     net: nn.Module,
     own: dict[str, Tensor],
-    shapes: dict[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     rules: list[Rule],
     chosen: list[Rule],
     fresh: list[str],
@@ -206,7 +204,7 @@ def _check_kinds(
                     )
 
 
-def _misfit(rule: Rule, own: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+def _misfit(rule: Rule, own: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What is wrong with the shapes of a rule: nothing, or one line. Missing names are told elsewhere."""
     foreign = [f"{rule.theirs[0]} is for {name}, which the network lacks" for name in rule.ours if name not in own]
     if foreign or not rule.ours or not all(name in shapes for name in rule.theirs):
@@ -245,6 +243,10 @@ def _materialise(
             made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         path, _, leaf = name.rpartition(".")
         setattr(net.get_submodule(path), leaf, made[id(old)])  # recurrent modules watch this, to keep their lists
+    for name, table in list(net.named_buffers()):
+        if name not in own:
+            path, _, leaf = name.rpartition(".")
+            setattr(net.get_submodule(path), leaf, table.to(device))
     return {name: made[id(old)].detach() for name, old in own.items()}
 
 
@@ -261,7 +263,7 @@ def _initialise(net: nn.Module, fresh: list[str], where: str | Path) -> None:
 
 
 def _plan(
-    own: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], chosen: list[Rule]
+    own: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]], chosen: list[Rule]
 ) -> tuple[dict[str, list[_Part]], dict[str, list[_Part]]]:
     """Which part of each published tensor goes where: what is read first, and what is then only compared."""
     reads: dict[str, list[_Part]] = {}
