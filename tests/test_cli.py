@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from shell import Headway, Outcome
 from tiny import ARCHITECTURES, task, write_pairs
 from typer.testing import CliRunner
 
 import headway
 from headway import cli
 from headway.recipe import built_in
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Headway = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Headway:
-    """The entry point as the shell calls it, in this process."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "path", list(sys.path))  # --plugin adds to it
-
-    def call(*arguments: object, stdin: bytes = b"") -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["headway", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return Outcome(int(end.value.code or 0), *capsys.readouterr())
-
-    return call
 
 
 def shell(*command: str, stdin: str = "", cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

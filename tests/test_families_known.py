@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from test_families_vision import KNOWN as PICTURES
 
 from headway import families, models
 from headway.loaded import Facts
@@ -78,9 +79,9 @@ KNOWN: dict[str, tuple[dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", [*KNOWN, *PICTURES])
 def test_a_known_configuration_gives_the_known_number_of_weights(name: str) -> None:
-    config, weights = KNOWN[name]
+    config, weights = (KNOWN | PICTURES)[name]
     found = families.read(config, name)
     with blank():
         net = models.assemble(found.spec)

@@ -66,6 +66,10 @@ def ours(path: Path) -> headway.Loaded:
 
 @pytest.fixture(scope="module")
 def oracle(path: Path) -> Any:
+    return oracle_of(path)
+
+
+def oracle_of(path: Path) -> Any:
     """transformers' model, filled with what the gguf library makes of the file."""
     config = transformers.LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
