@@ -102,6 +102,7 @@ def write_weights(
     with replacing(Path(folder)) as fresh:
         write_shards(fresh, tensors, shard_bytes)
         for name, record in (records or {}).items():
+            (fresh / f"{name}.json").parent.mkdir(exist_ok=True)
             (fresh / f"{name}.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 

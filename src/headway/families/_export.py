@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from headway.heads import HeadSpec
 from headway.image import to_published
 from headway.loaded import Loaded
 from headway.spec import convert
-from headway.store import replacing
 from headway.transfer import published
 from headway.vocabulary import PublishedTokenizer
-from headway.weights import write_shards
+from headway.weights import write_weights
 
 
 def export(model: Loaded, folder: Path) -> None:
@@ -29,18 +27,15 @@ def export(model: Loaded, folder: Path) -> None:
     config = family.write(spec, model.facts)
     found = families.read(config, "config.json")
     _same_heads(spec.get("heads", {}), msgspec.to_builtins(found.spec).get("heads", {}), config)
-    files: dict[str, Any] = {"config.json": config}
+    files = {"config.json": config}
     if isinstance(model.source, PublishedTokenizer):
         files |= model.source.files()
     if model.kind in ("encoder", "decoder"):
         files |= sentence_files(model.facts, spec["width"])
     if model.image is not None:
         files["preprocessor_config.json"] = to_published(model.image)
-    with replacing(folder) as fresh:
-        write_shards(fresh, published(model.net, found.rules))
-        for name, record in files.items():
-            (fresh / name).parent.mkdir(exist_ok=True)
-            (fresh / name).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    records = {name.removesuffix(".json"): record for name, record in files.items()}
+    write_weights(folder, published(model.net, found.rules), records=records)
 
 
 def _same_heads(ours: dict[str, Any], theirs: dict[str, Any], config: dict[str, Any]) -> None:
