@@ -8,13 +8,14 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headway import kernels
@@ -87,15 +88,20 @@ def reference(
     allowed = mask.allows(*places(q, k, q_pos, k_pos)).expand(-1, q.shape[2], -1)[:, None]  # B 1 T S
     seen = allowed.any(-2)[..., None]
     k, v = (torch.where(seen, t, 0).repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    scores = (q @ k.mT) * scale
+    shares = F.dropout(_shares((q @ k.mT) * scale, allowed, bias, softcap), dropout)
+    return (shares @ v).masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+
+
+def _shares(
+    scores: Float[Tensor, "B H T S"], allowed: Bool[Tensor, "#B #H T S"], bias: Tensor | None, softcap: float | None
+) -> Float[Tensor, "B H T S"]:
+    """The softmax over what is allowed; zeros where nothing is."""
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     alive = allowed.any(-1, keepdim=True)
-    scores = scores.masked_fill(~allowed, float("-inf")).masked_fill(~alive, 0.0)
-    weights = F.dropout(scores.softmax(-1), dropout)
-    return (weights @ v).masked_fill(~alive, 0.0)
+    return scores.masked_fill(~allowed, float("-inf")).masked_fill(~alive, 0.0).softmax(-1).masked_fill(~alive, 0.0)
 
 
 def weights(
@@ -109,10 +115,67 @@ def weights(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "B H T S"]:
-    """The attention map itself: the reference with an identity for values, so that map @ v is the output."""
-    eye = torch.eye(k.shape[2], dtype=k.dtype, device=k.device).expand(k.shape[0], k.shape[1], -1, -1)
-    given: dict[str, Any] = {"q_pos": q_pos, "k_pos": k_pos, "bias": bias, "scale": scale, "softcap": softcap}
-    return attend(q, k, eye, mask, **given, backend="reference")
+    """The attention map itself, by the reference, so that map @ v is the output."""
+    given: dict[str, Any] = {"q_pos": q_pos, "k_pos": k_pos, "bias": bias, "softcap": softcap}
+    call_of(q, k, k, mask, **given)
+    allowed = mask.allows(*places(q, k, q_pos, k_pos)).expand(-1, q.shape[2], -1)[:, None]
+    k = torch.where(allowed.any(-2)[..., None], k, 0).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return _shares((q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale), allowed, bias, softcap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glance:
+    """A call of exact attention, taken apart: any rows of any head's map on demand, none of them kept.
+
+    `bias` gives what is added to the scores of queries at some positions; the other fields are as in `attend`.
+    """
+
+    q: Float[Tensor, "B H T D"]
+    k: Float[Tensor, "B G S D"]
+    v: Float[Tensor, "B G S E"]
+    mask: Mask
+    q_pos: Int[Tensor, "B T"]
+    k_pos: Int[Tensor, "B S"]
+    scale: float
+    softcap: float | None = None
+    bias: Callable[[Tensor], Tensor | None] = lambda q_pos: None
+
+    def of(self, row: int) -> Glance:
+        """The same of one row of the batch."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: t[row : row + 1] for name, t in found.items() if isinstance(t, Tensor)}
+        return replace(self, **tensors, mask=self.mask.of(row))
+
+    def rows(self, rows: slice, heads: slice = slice(None)) -> Float[Tensor, "B H R S"]:
+        """The weights of some queries, in float32 or better; a query that may see nothing has zeros."""
+        bias = self.bias(self.q_pos[:, rows])
+        bias = bias if bias is None or bias.shape[1] == 1 else bias[:, heads]
+        return _shares(self.scores(rows, heads) * self.scale, self.allowed(rows, heads), bias, self.softcap)
+
+    def scores(self, rows: slice, heads: slice) -> Float[Tensor, "B H R S"]:
+        """q k^T."""
+        return _wide(self.q[:, heads, rows]) @ _wide(self._of_heads(self.k, heads)).mT
+
+    def allowed(self, rows: slice, heads: slice) -> Bool[Tensor, "B _ R S"]:
+        """Which keys each query may see."""
+        run = range(self.q.shape[2])[rows]
+        found = self.mask.queries(rows).allows(self.q_pos[:, rows], self.k_pos)
+        return found.expand(self.q.shape[0], len(run), -1)[:, None]
+
+    def pulled(self, of_output: Float[Tensor, "B H T E"], rows: slice, heads: slice) -> Float[Tensor, "B H R S"]:
+        """What a gradient with respect to map @ v is with respect to some rows of the map."""
+        return _wide(of_output[:, heads, rows]) @ _wide(self._of_heads(self.v, heads)).mT
+
+    def _of_heads(self, t: Float[Tensor, "B G S D"], heads: slice) -> Float[Tensor, "B H S D"]:
+        """The keys or values that these heads share."""
+        count, shared = self.q.shape[1], t.shape[1]
+        if count == shared:
+            return t[:, heads]
+        return t[:, [head * shared // count for head in range(count)[heads]]]
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def legal(call: Call) -> dict[str, str]:

@@ -7,7 +7,7 @@ Written on positions rather than on indices, a mask stays right with a cache (SD
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -102,6 +102,21 @@ class Mask:
         for other in self.also:
             allowed = allowed & other.allows(q_pos, k_pos)
         return allowed
+
+    def queries(self, rows: slice) -> Mask:
+        """The mask of these queries alone, by index, over all keys."""
+        if self.segments is None and not self.also:
+            return self
+        theirs = self.segments if self.key_segments is None else self.key_segments
+        own = None if self.segments is None else self.segments[:, rows]
+        return replace(self, segments=own, key_segments=theirs, also=tuple(other.queries(rows) for other in self.also))
+
+    def of(self, row: int) -> Mask:
+        """The mask of one row of the batch."""
+        one = lambda t: t[row : row + 1] if isinstance(t, Tensor) and len(t) > 1 else t
+        names = ("prefix", "globals", "valid", "segments", "key_segments")
+        own = {name: one(getattr(self, name)) for name in names}
+        return replace(self, **own, also=tuple(other.of(row) for other in self.also))
 
     def _near(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
         assert self.window is not None

@@ -8,14 +8,14 @@ attention, so it is an option here and no mixer of its own.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
 from msgspec import Meta
 from torch import Tensor, nn
 
-from headway.attend import FULL, attend, kept_bytes, weights
+from headway.attend import FULL, Glance, attend, kept_bytes
 from headway.kernels import Call
 from headway.layers import residual_output
 from headway.mask import Mask
@@ -92,6 +92,26 @@ class Attention(Mixer):
             y = attend(q, k, v, mask, softcap=self.softcap, scale=self.scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
+    def glance(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        context: Float[Tensor, "B S C"] | None = None,
+    ) -> Glance:
+        """What `forward` does with the same input, taken apart: rows of its map, as many as are wanted."""
+        q = self._queries(x)
+        k, v = self._keys_values(x if context is None else context)
+        how: dict[str, Any] = {"scale": self.head_dim**-0.5 if self.scale is None else self.scale,
+                               "softcap": self.softcap}  # fmt: skip
+        if context is not None:
+            q_pos, k_pos = (torch.arange(t.shape[2], device=t.device).expand(len(t), -1) for t in (q, k))
+            return Glance(q=q, k=k, v=v, mask=mask, q_pos=q_pos, k_pos=k_pos, **how)
+        q, k = self.positions.rotate(q, pos), self.positions.rotate(k, pos)
+        bias = lambda q_pos: self.positions.bias(self.heads, q_pos, pos)
+        return Glance(q=q, k=k, v=v, mask=mask & self.local, q_pos=pos, k_pos=pos, bias=bias, **how)
+
     def map(
         self,
         x: Float[Tensor, "B T C"],
@@ -101,13 +121,7 @@ class Attention(Mixer):
         context: Float[Tensor, "B S C"] | None = None,
     ) -> Float[Tensor, "B H T S"]:
         """The weights that `forward` uses for the same input, by the reference; rows sum to one."""
-        q = self._queries(x)
-        k, _ = self._keys_values(x if context is None else context)
-        if context is not None:
-            return weights(q, k, mask, softcap=self.softcap, scale=self.scale)
-        q, k = self.positions.rotate(q, pos), self.positions.rotate(k, pos)
-        bias = self.positions.bias(self.heads, pos, pos)
-        return weights(q, k, mask & self.local, q_pos=pos, k_pos=pos, bias=bias, softcap=self.softcap, scale=self.scale)
+        return self.glance(x, mask=mask, pos=pos, context=context).rows(slice(None))
 
     def _own(self, q: Tensor, x: Tensor, mask: Mask, pos: Tensor, state: State | None) -> Tensor:
         k, v = self._keys_values(x)

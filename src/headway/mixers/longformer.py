@@ -7,7 +7,8 @@ a plain window over every d-th token, so all of it runs on `attend`, in memory t
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Annotated, Any, ClassVar, NamedTuple
 
@@ -17,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from msgspec import Meta
 from torch import Tensor, nn
 
-from headway.attend import attend, kept_bytes
+from headway.attend import Glance, attend, kept_bytes
 from headway.kernels import Call
 from headway.layers import residual_output
 from headway.mask import Mask
@@ -123,23 +124,29 @@ class Longformer(Mixer):
             y = _with_global_rows(y, q, k, v, mask, slots)
         return self._leave(y)
 
+    def glance(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        context: Float[Tensor, "B S C"] | None = None,
+    ) -> Within:
+        """What `forward` does with the same input, by the definition, taken apart: rows of its map, as wanted."""
+        self.require(mask, context=context)
+        q, k, v = self.project(x, pos)
+        how: dict[str, Any] = {"mask": mask, "q_pos": pos, "k_pos": pos, "scale": self.head_dim**-0.5}
+        far, is_global = None, torch.zeros_like(pos, dtype=torch.bool)
+        if mask.globals is not None:
+            is_global = mask.is_global(pos)
+            if self.global_query is not None:
+                far = Glance(**dict(zip("qkv", self.project_global(x, pos, x, pos), strict=True)), **how)
+        reach = {"window": self.window, "dilations": self.dilations}
+        return Within(q=q, k=k, v=v, **how, **reach, is_global=is_global, far=far)
+
     def map(self, x: Float[Tensor, "B T C"], *, mask: Mask, pos: Int[Tensor, "B T"]) -> Float[Tensor, "B H T S"]:
-        """Who looks at whom, by the definition, a head at a time; the rows of tokens that see any sum to one."""
-        is_global = torch.zeros_like(pos, dtype=torch.bool) if mask.globals is None else mask.is_global(pos)
-        step, (left, right) = pos[:, None, :] - pos[:, :, None], self.window  # B T S
-        q, k, _ = self.project(x, pos)
-        own = (q @ k.mT).unbind(1)
-        of_globals = own
-        if self.global_query is not None:
-            q, k, _ = self.project_global(x, pos, x, pos)
-            of_globals = (q @ k.mT).unbind(1)
-        heads = []
-        for near, far, every in zip(own, of_globals, self.dilations, strict=True):
-            reached = (step % every == 0) & (step >= -left * every) & (step <= right * every)
-            allowed = mask.allows(pos, pos) & (reached | is_global[:, :, None] | is_global[:, None, :])
-            scores = torch.where(is_global[..., None], far, near) * self.head_dim**-0.5
-            heads.append(scores.masked_fill(~allowed, torch.finfo(x.dtype).min).softmax(-1) * allowed)
-        return torch.stack(heads, 1)
+        """Who looks at whom, by the definition; the rows of tokens that see any sum to one."""
+        return self.glance(x, mask=mask, pos=pos).rows(slice(None))
 
     def project(
         self, x: Float[Tensor, "B T C"], pos: Int[Tensor, "B T"]
@@ -256,6 +263,38 @@ class Longformer(Mixer):
             state_bytes=held * (8 * inner + 8),
             activation_bytes=4 * length * (self.width + (4 if together else 5) * inner) + kept,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Within(Glance):
+    """A call of Longformer, taken apart; `far` where global tokens look with queries of their own."""
+
+    window: tuple[int, int]
+    dilations: tuple[int, ...]
+    is_global: Bool[Tensor, "B T"]
+    far: Glance | None
+
+    def of(self, row: int) -> Glance:
+        return replace(super().of(row), far=None if self.far is None else self.far.of(row))  # type: ignore[call-arg]
+
+    def scores(self, rows: slice, heads: slice) -> Float[Tensor, "B H R S"]:
+        return self._with_far(super().scores(rows, heads), rows, lambda far: far.scores(rows, heads))
+
+    def pulled(self, of_output: Float[Tensor, "B H T E"], rows: slice, heads: slice) -> Float[Tensor, "B H R S"]:
+        near = super().pulled(of_output, rows, heads)
+        return self._with_far(near, rows, lambda far: far.pulled(of_output, rows, heads))
+
+    def allowed(self, rows: slice, heads: slice) -> Bool[Tensor, "B H R S"]:
+        (left, right), step = self.window, self.k_pos[:, None, :] - self.q_pos[:, rows, None]  # B R S
+        every, step = torch.tensor(self.dilations[heads], device=step.device)[:, None, None], step[:, None]
+        reached = (step % every == 0) & (step >= -left * every) & (step <= right * every)
+        relaxed = self.is_global[:, rows, None] | self.is_global[:, None, :]
+        return super().allowed(rows, heads) & (reached | relaxed[:, None])
+
+    def _with_far(self, near: Tensor, rows: slice, ask: Callable[[Glance], Tensor]) -> Float[Tensor, "B H R S"]:
+        """`near`, and in the rows of global tokens what their own queries say."""
+        here = self.is_global[:, None, rows, None]
+        return near if self.far is None or not bool(here.any()) else torch.where(here, ask(self.far), near)
 
 
 class Slots(NamedTuple):
