@@ -2,7 +2,8 @@
 
 The contract, checked by `headway.testing.check_mixer`: `forward(x, *, mask, pos, state, context)` keeps the shape of
 x; `CAN` says truthfully which masks and uses it honours, and `require` refuses the rest; `init_state` makes what a
-stream remembers; `cost` tells FLOPs and state bytes. In a stream, padding stands on the left.
+stream remembers; `cost` tells FLOPs and state bytes. In a stream, padding stands on the left. For those who look inside:
+heads lie side by side in what enters `out`, and a mixer that forms no attention map may have `implied` instead.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import importlib
 import inspect
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -33,9 +35,27 @@ class Cost(NamedTuple):
     activation_bytes: int
 
 
+class Implied(NamedTuple):
+    """What a mixer does that forms no weights, as a map: its output is `finish(map @ values)`.
+
+    map: zero where a query does not reach, and at padding. finish: of `Float[B H T V]`, gives `Float[B T C]`. Where no
+    one number weighs a whole token, the map tells sizes alone, and both are None. exact: the softmax of the same
+    queries and keys, beside a map that may come near it. With `rows`, map and exact have those, and finish is for all.
+    """
+
+    map: Float[Tensor, "B H R S"]
+    values: Float[Tensor, "B H S V"] | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
+    exact: Float[Tensor, "B H R S"] | None = None
+
+
 class Mixer(nn.Module):
     """The base of every mixer. `CAN` lists, out of: causal, bidirectional, cross, padding, segments, window, sinks,
-    prefix, globals, stream. Options are the keyword arguments of `__init__`, behind `width` and `positions`."""
+    prefix, globals, stream. Options are the keyword arguments of `__init__`, behind `width` and `positions`.
+
+    A mixer may define `implied(x, *, mask, pos, context=None, rows=None) -> Implied`, of the same x, mask, pos and
+    context as `forward`, without a state; `rows`, a slice, asks for those queries alone.
+    """
 
     CAN: ClassVar[frozenset[str]] = frozenset()
 
@@ -83,6 +103,34 @@ class Mixer(nn.Module):
                 f"{name} cannot do {', '.join(sorted(missing))}; it can do {', '.join(sorted(self.can))}: "
                 "change the mask or choose another mixer (attention can do all)"
             )
+
+
+def linear_map(
+    mix: Callable[[Tensor], Tensor], values: Float[Tensor, "B H S V"], queries: int, rows: slice | None = None
+) -> Float[Tensor, "B H R S"]:
+    """The map M of a `mix` that gives M v of any `Float[B H S *]`: row t is the gradient of output t.
+
+    It asks for no more than the rows that are wanted, through the mixer's own fast form.
+    """
+    wanted = torch.arange(queries, device=values.device)[rows or slice(None)]
+    with torch.enable_grad():
+        v = values.new_zeros(*values.shape[:3], len(wanted)).requires_grad_()
+        y = mix(v)
+        each = torch.zeros_like(y)
+        each[:, :, wanted, torch.arange(len(wanted), device=y.device)] = 1
+        return torch.autograd.grad(y, v, each)[0].mT
+
+
+def without_padding(
+    found: Float[Tensor, "B H R S"], mask: Mask, context: Tensor | None, rows: slice | None
+) -> Float[Tensor, "B H R S"]:
+    """`found` with zeros at padding: keys, and queries where they are the same tokens."""
+    if mask.valid is None:
+        return found
+    there = mask.valid[:, None, None, :]
+    if context is None:
+        there = there & mask.valid[:, None, rows or slice(None), None]
+    return found.masked_fill(~there, 0.0)
 
 
 def names() -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headway.layers import residual_output
 from headway.mask import Mask
-from headway.mixers import Cost, Mixer
+from headway.mixers import Cost, Implied, Mixer, without_padding
 from headway.positions import Positions
 from headway.state import Recurrent, State
 
@@ -54,8 +54,7 @@ class Average(Mixer):
             _require_streamable(mask, state)
         if mask.segments is not None:
             return reference(x, mask, pos)
-        if mask.valid is not None:
-            x = x.masked_fill(~mask.valid[..., None], 0.0)
+        x = _cleared(x, mask)
         if not mask.causal:
             count = x.shape[1] if mask.valid is None else mask.valid.sum(1).clamp(min=1)[:, None, None]
             return (x.sum(1, keepdim=True) / count).expand(-1, x.shape[1], -1)
@@ -65,6 +64,25 @@ class Average(Mixer):
             state.tensors = (total[:, -1],)
         return total / (pos + 1).clamp(min=1)[..., None]
 
+    def implied(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        context: Float[Tensor, "B S C"] | None = None,
+        rows: slice | None = None,
+    ) -> Implied:
+        """Equal shares for all that a token may see."""
+        self.require(mask, context=context)
+        run = rows or slice(None)
+        own = pos[:, run]
+        allowed = mask.queries(run).allows(own, pos).expand(*own.shape, -1)
+        found = (allowed / allowed.sum(-1, keepdim=True).clamp(min=1)).to(x.dtype)[:, None]
+        return Implied(
+            without_padding(found, mask, None, rows), _cleared(x, mask)[:, None], lambda y: self.out(y[:, 0])
+        )
+
     def init_state(self, batch: int, capacity: int, cross: bool = False) -> State:
         like = self.out.weight
         return Recurrent(like.new_zeros(batch, self.width, dtype=torch.promote_types(like.dtype, torch.float32)))
@@ -72,6 +90,10 @@ class Average(Mixer):
     def cost(self, length: int, context_length: int | None = None) -> Cost:
         mean = 4 * length * self.width
         return Cost(flops=2 * length * self.width**2, state_bytes=4 * self.width, activation_bytes=mean)
+
+
+def _cleared(x: Tensor, mask: Mask) -> Tensor:
+    return x if mask.valid is None else x.masked_fill(~mask.valid[..., None], 0.0)
 
 
 def _require_streamable(mask: Mask, state: State) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from headway.layers import residual_output
 from headway.mask import Mask
-from headway.mixers import Cost, Mixer
+from headway.mixers import Cost, Implied, Mixer, without_padding
 from headway.positions import Positions
 from headway.spec import Size
 from headway.state import Recurrent, State
@@ -137,6 +137,29 @@ class Conv(Mixer):
         else:
             h = F.gelu(h)
         return self.out(h)
+
+    def implied(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        context: Float[Tensor, "B S C"] | None = None,
+        rows: slice | None = None,
+    ) -> Implied:
+        """Its Toeplitz matrix, in sizes: the Frobenius norm of what a token's channels are multiplied by on their way
+        to another's, before the gate. Where depthwise, that is the norm over the channels' own taps."""
+        self.require(mask, context=context)
+        length, left = x.shape[1], self.reach if mask.causal else self.reach // 2
+        if self.depthwise:
+            sizes = (self.taps.weight * self._window(left) if self.decay else self.taps.weight).norm(dim=0)
+        else:
+            sizes = self.mix.weight.unflatten(1, (self.kernel, self.width)).norm(dim=(0, 2))
+        index = torch.arange(length, device=x.device)
+        ahead = index - index[rows or slice(None), None] + left
+        met = (ahead >= 0) & (ahead <= self.reach) & (ahead % self.dilation == 0)
+        found = sizes[(ahead // self.dilation).clamp(0, self.kernel - 1)].masked_fill(~met, 0.0)
+        return Implied(without_padding(found.expand(len(x), 1, -1, -1), mask, context, rows))
 
     def _joined(self, x: Tensor, mask: Mask, state: State) -> Float[Tensor, "B P C"]:
         """The tokens behind those that the stream remembers, which are kept in the order that a kernel's taps are."""

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headway.mask import Mask
-from headway.mixers import Cost, Mixer
+from headway.mixers import Cost, Implied, Mixer
 from headway.positions import Positions
 from headway.state import State
 
@@ -57,6 +57,30 @@ class Fourier(Mixer):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))  # there is no transform of bf16
         y = transform(wide) if mask.valid is None else _padded(wide, mask.valid)
         return y.to(x.dtype)
+
+    def implied(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        context: Float[Tensor, "B S C"] | None = None,
+        rows: slice | None = None,
+    ) -> Implied:
+        """Two heads, whose sum it is: cosines of the tokens' angles, which weigh x cos, and sines, which weigh -x sin,
+        of the channels'."""
+        self.require(mask, context=context)
+        valid = torch.ones_like(pos, dtype=torch.bool) if mask.valid is None else mask.valid
+        places, lengths = valid.cumsum(1) - 1, valid.sum(1)[:, None, None]
+        run = rows or slice(None)
+        steps = places[:, run, None] * places[:, None] % lengths  # reduced first, so that large angles stay exact
+        angles = steps.to(x.dtype) * (2 * math.pi / lengths)
+        there = valid[:, run, None] & valid[:, None]
+        found = torch.stack([angles.cos(), angles.sin()], 1) / lengths[:, None].sqrt()
+        channels = _angles(x.shape[2], x)
+        x = x.masked_fill(~valid[..., None], 0.0) * x.shape[2] ** -0.5
+        values = torch.stack([x @ channels.cos(), -(x @ channels.sin())], 1)
+        return Implied(found.masked_fill(~there[:, None], 0.0), values, lambda y: y.sum(1))
 
     def init_state(self, batch: int, capacity: int, cross: bool = False) -> State:
         raise ValueError("fourier cannot stream: each output sums over all tokens; use it in an encoder")

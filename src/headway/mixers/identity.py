@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from headway.layers import residual_output
 from headway.mask import Mask
-from headway.mixers import Cost, Mixer
+from headway.mixers import Cost, Implied, Mixer, without_padding
 from headway.positions import Positions
 from headway.state import Recurrent, State
 
@@ -43,6 +44,20 @@ class Identity(Mixer):
         if not isinstance(state, Recurrent | None):
             raise ValueError(f"identity streams with a Recurrent state, not {type(state).__name__}: use init_state")
         return self.out(x)
+
+    def implied(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        context: Float[Tensor, "B S C"] | None = None,
+        rows: slice | None = None,
+    ) -> Implied:
+        """Ones where a token meets itself."""
+        self.require(mask, context=context)
+        found = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[rows or slice(None)].expand(len(x), 1, -1, -1)
+        return Implied(without_padding(found, mask, context, rows), x[:, None], lambda y: self.out(y[:, 0]))
 
     def init_state(self, batch: int, capacity: int, cross: bool = False) -> State:
         return Recurrent()

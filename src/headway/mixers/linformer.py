@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from headway.attend import FULL, attend, kept_bytes
+from headway.attend import FULL, attend, kept_bytes, weights
 from headway.kernels import Call
 from headway.layers import residual_output
 from headway.mask import Mask
-from headway.mixers import Cost, Mixer
+from headway.mixers import Cost, Implied, Mixer, without_padding
 from headway.positions import Positions, Rotary
 from headway.spec import Size
 from headway.state import Cross, State
@@ -138,6 +138,30 @@ class Linformer(Mixer):
         inner = self.heads * self.head_dim
         first = self.shorten.out_features * tokens * self.width + 2 * self.rank * self.width * inner
         return self.sharing != "none" and first < 2 * tokens * inner * (self.width + self.rank)
+
+    def implied(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        context: Float[Tensor, "B S C"] | None = None,
+        rows: slice | None = None,
+    ) -> Implied:
+        """The weights of the shortened keys, carried back to the tokens by F: they need not sum to one."""
+        self._refuse(mask, None, context)
+        q, c = self._heads(self.query(x)), x if context is None else context
+        turned = pos if context is None and self.rotary is not None else None
+        q = q if turned is None or self.rotary is None else self.rotary.rotate(q, turned)
+        k, _ = self._keys_values(c, mask.valid, turned)
+        carry = self.shorten.weight[:, : c.shape[1]].unflatten(
+            0, (-1, self.heads if self.sharing == "none" else 1, self.rank)
+        )[-1].expand(len(c), -1, -1, -1)  # fmt: skip
+        if mask.valid is not None:  # a token's column is its place among those of its row
+            places = (mask.valid.cumsum(1) - 1).clamp(min=0)[:, None, None].expand(-1, *carry.shape[1:3], -1)
+            carry, c = carry.gather(3, places), c.masked_fill(~mask.valid[..., None], 0.0)
+        found = without_padding(weights(q[:, :, rows or slice(None)], k) @ carry, mask, context, rows)
+        return Implied(found, self._heads(self.value(c)), lambda y: self.out(y.transpose(1, 2).flatten(2)))
 
     def init_state(self, batch: int, capacity: int, cross: bool = False) -> State:
         if not cross:

@@ -1,0 +1,138 @@
+"""Implied maps: what mixers do that form no weights, as maps whose product with the values is the layer's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from headway import mixers
+from headway.mask import Mask
+from headway.mixers import Implied, Mixer
+from headway.positions import build_positions, positions_of
+from headway.spec import PositionSpec, convert
+
+ROWS, LENGTH, CONTEXT, WIDTH = 2, 9, 6, 16
+CASES: list[dict[str, Any]] = [
+    {"name": "identity"},
+    {"name": "average"},
+    {"name": "fourier"},
+    *({"name": "linformer", "heads": 2, "rank": 4, "length": 9, "sharing": s} for s in ("none", "headwise", "layerwise")),
+]  # fmt: skip
+CONVOLUTIONS: list[dict[str, Any]] = [
+    {"name": "conv", "kernel": 3},
+    {"name": "conv", "kernel": 4, "dilation": 2, "gated": False},
+    {"name": "conv", "kernel": 5, "depthwise": True},
+    {"name": "conv", "kernel": 40, "depthwise": True, "decay": True},
+]
+
+
+def label(named: dict[str, Any]) -> str:
+    return " ".join(str(value) for value in named.values())
+
+
+def build(named: dict[str, Any]) -> Mixer:
+    rotary = build_positions(
+        convert({"name": "rotary"}, PositionSpec, "positions"), WIDTH, mixers.head_dim(named, WIDTH)
+    )
+    mixer = mixers.build(named, WIDTH, rotary).eval()
+    with torch.no_grad():  # what starts as a constant is told apart from what is left out
+        for parameter in mixer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return mixer
+
+
+def valid(lengths: tuple[int, int], size: int, left: bool) -> Tensor:
+    there = torch.arange(size)[None] < torch.tensor(lengths)[:, None]
+    return there.flip(1) if left else there
+
+
+def own_masks(mixer: Mixer) -> list[Mask]:
+    """All that it can do to its own tokens, the plain ones, padded ones and packed ones."""
+    packed = Mask(segments=torch.tensor([[0] * 4 + [1] * 5] * ROWS))
+    padded = [Mask(valid=valid((9, 6), LENGTH, left)) for left in (False, True)]
+    masks = [more & Mask(causal=causal) for causal in (True, False) for more in (Mask(), packed, *padded)]
+    return [mask for mask in masks if mask.facts <= mixer.can]
+
+
+def seen(mask: Mask, pos: Tensor) -> Tensor:
+    """`Bool[B T S]`."""
+    return mask.allows(pos, pos).expand(len(pos), pos.shape[1], -1) & (pos >= 0)[..., None]
+
+
+@torch.no_grad()
+def look(mixer: Any, x: Tensor, mask: Mask, pos: Tensor, **more: Any) -> Implied:
+    return mixer.implied(x, mask=mask, pos=pos, **more)
+
+
+@pytest.mark.parametrize("named", CASES, ids=label)
+def test_the_map_times_the_values_is_the_layers_own_output(named: dict[str, Any]) -> None:
+    mixer = build(named)
+    assert own_masks(mixer)
+    for mask in own_masks(mixer):
+        x, pos = torch.randn(ROWS, LENGTH, WIDTH), positions_of(mask.valid, ROWS, LENGTH, torch.device("cpu"))
+        x = x if mask.valid is None else x.masked_fill(~mask.valid[..., None], 1e3)
+        found, there = look(mixer, x, mask, pos), pos >= 0
+        assert found.values is not None and found.finish is not None
+        with torch.no_grad():
+            got, wanted = found.finish(found.map @ found.values), mixer(x, mask=mask, pos=pos)
+        assert float((got - wanted)[there].abs().max()) < 1e-5 * (1 + float(wanted[there].abs().max())), mask.facts
+
+
+@pytest.mark.parametrize("named", CASES + CONVOLUTIONS, ids=label)
+def test_what_the_mask_hides_and_padding_is_exactly_zero(named: dict[str, Any]) -> None:
+    mixer = build(named)
+    for mask in own_masks(mixer):
+        pos = positions_of(mask.valid, ROWS, LENGTH, torch.device("cpu"))
+        found = look(mixer, torch.randn(ROWS, LENGTH, WIDTH), mask, pos).map
+        hidden = ~seen(mask, pos)[:, None].expand_as(found)
+        assert not found[hidden].any(), mask.facts
+        assert found.isfinite().all() and found.any()
+
+
+@pytest.mark.parametrize("named", CASES + CONVOLUTIONS, ids=label)
+def test_some_rows_are_those_of_the_whole(named: dict[str, Any]) -> None:
+    mixer = build(named)
+    for mask in own_masks(mixer):
+        x, pos = torch.randn(ROWS, LENGTH, WIDTH), positions_of(mask.valid, ROWS, LENGTH, torch.device("cpu"))
+        whole, part = look(mixer, x, mask, pos), look(mixer, x, mask, pos, rows=slice(3, 6))
+        assert part.map.shape[2] == 3
+        torch.testing.assert_close(part.map, whole.map[:, :, 3:6], rtol=1e-5, atol=1e-6)
+        if whole.exact is not None:
+            torch.testing.assert_close(part.exact, whole.exact[:, :, 3:6])
+
+
+@pytest.mark.parametrize("named", [case for case in CASES if case["name"] in ("linformer", "performer")], ids=label)
+@pytest.mark.parametrize("left", [None, False, True])
+def test_a_context_is_mapped_too(named: dict[str, Any], left: bool | None) -> None:
+    mixer, mask = build(named), Mask(valid=None if left is None else valid((6, 3), CONTEXT, left))
+    x, context = torch.randn(ROWS, LENGTH, WIDTH), torch.randn(ROWS, CONTEXT, WIDTH)
+    pos = torch.arange(LENGTH).expand(ROWS, -1)
+    found = look(mixer, x, mask, pos, context=context)
+    assert found.values is not None and found.finish is not None
+    with torch.no_grad():
+        wanted = mixer(x, mask=mask, pos=pos, context=context)
+        torch.testing.assert_close(found.finish(found.map @ found.values), wanted, rtol=1e-5, atol=1e-5)
+    if mask.valid is not None:
+        assert not found.map.mT[~mask.valid[:, None].expand(-1, found.map.shape[1], -1)].any()
+
+
+@pytest.mark.parametrize("named", CONVOLUTIONS, ids=label)
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_convolutions_map_is_the_size_of_its_own_derivative(named: dict[str, Any], causal: bool) -> None:
+    mixer: Any = build(named)
+    mask, pos = Mask(causal=causal), torch.arange(LENGTH)[None]
+    found = look(mixer, torch.randn(1, LENGTH, WIDTH), mask, pos)
+    assert found.values is None and found.finish is None
+    left = mixer.reach if causal else mixer.reach // 2
+    zeros = (left, mixer.reach - left)
+
+    def linear_part(x: Tensor) -> Tensor:
+        if mixer.depthwise:
+            return mixer._channels(x[None], LENGTH, left, zeros)[0]
+        return mixer.mix(mixer._windows(x[None], LENGTH, zeros))[0]
+
+    derivative = torch.autograd.functional.jacobian(linear_part, torch.randn(LENGTH, WIDTH))  # T O S C
+    torch.testing.assert_close(found.map[0, 0], derivative.permute(0, 2, 1, 3).flatten(2).norm(dim=-1))
