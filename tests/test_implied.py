@@ -19,7 +19,7 @@ CASES: list[dict[str, Any]] = [
     {"name": "identity"},
     {"name": "average"},
     {"name": "fourier"},
-    *({"name": "linformer", "heads": 2, "rank": 4, "length": 9, "sharing": s} for s in ("none", "headwise", "layerwise")),
+    *({"name": "linformer", "heads": 2, "rank": 4, "length": 9, "sharing": s} for s in ("none", "headwise")),
 ]  # fmt: skip
 CONVOLUTIONS: list[dict[str, Any]] = [
     {"name": "conv", "kernel": 3},
