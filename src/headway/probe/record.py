@@ -1,0 +1,112 @@
+"""Record: what a page about attention is made of, whatever model it comes from: sides, places, heads and their maps.
+
+A side is a row of tokens (or the patches of a picture), a place one mixer in one layer, a head one map of a place.
+Maps are asked for one at a time, so that no record ever holds all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from headway.spec import Strict
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Side(Strict, frozen=True, kw_only=True):
+    """Tokens in order; of a picture, `skip` tokens that are no patches and then `grid` (rows, columns) of patches."""
+
+    name: str
+    tokens: tuple[str, ...]
+    grid: tuple[int, int] | None = None
+    skip: int = 0
+    picture: str | None = None  # a data: URI
+
+
+class Place(Strict, frozen=True, kw_only=True):
+    """One mixer of one layer: tokens of the side `rows` look at those of the side `columns`, once a head."""
+
+    stack: str
+    layer: int
+    slot: str
+    mixer: str
+    heads: int
+    rows: int = 0
+    columns: int = 0
+    note: str = ""
+
+
+class Head(Strict, frozen=True, kw_only=True):
+    """Its summary: the pattern that holds and its score in 0..1, entropy in nats, mean distance in tokens."""
+
+    pattern: str | None = None
+    score: float | None = None
+    entropy: float | None = None
+    distance: float | None = None
+
+
+class Maps(Protocol):
+    """Where the weights come from, by place and head; T rows look at S columns."""
+
+    def map(self, place: int, head: int) -> Array:
+        """[T, S]"""
+
+    def top(self, place: int, head: int, k: int) -> tuple[Array, Array]:
+        """The `k` largest weights of each row, their columns and values, [T, k] each."""
+
+    def blocks(self, place: int, head: int, size: int) -> Array:
+        """Means over `size` x `size` weights, [ceil(T / size), ceil(S / size)]."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that is shown. `heads` has one entry a head, in the order of the places."""
+
+    title: str
+    model: str
+    sides: Sequence[Side]
+    places: Sequence[Place]
+    heads: Sequence[Head]
+    maps: Maps
+    definitions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.places:
+            raise ValueError("look: nothing to show: no layer of this model has a map")
+        total = sum(place.heads for place in self.places)
+        if len(self.heads) != total:
+            raise ValueError(f"look: {len(self.heads)} heads are described, and the places have {total}")
+
+    def size(self, place: Place) -> tuple[int, int]:
+        """T and S."""
+        return len(self.sides[place.rows].tokens), len(self.sides[place.columns].tokens)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Maps that are there already: [H, T, S] a place."""
+
+    places: Sequence[Array]
+
+    def map(self, place: int, head: int) -> Array:
+        return self.places[place][head]
+
+    def top(self, place: int, head: int, k: int) -> tuple[Array, Array]:
+        weights = self.places[place][head]
+        columns = np.argsort(-weights, axis=1, kind="stable")[:, :k]
+        return columns, np.take_along_axis(weights, columns, 1)
+
+    def blocks(self, place: int, head: int, size: int) -> Array:
+        return block_means(self.places[place][head], size)
+
+
+def block_means(weights: Array, size: int) -> Array:
+    """Means over `size` x `size` blocks; those at the edges are over what is there."""
+    rows, columns = (np.arange(0, n, size) for n in weights.shape)
+    sums = np.add.reduceat(np.add.reduceat(weights.astype(np.float64), rows, 0), columns, 1)
+    heights, widths = (np.diff(np.append(starts, n)) for starts, n in zip((rows, columns), weights.shape, strict=True))
+    return sums / np.outer(heights, widths)

@@ -1,0 +1,224 @@
+// Matrix: a row looks at its columns. It can be zoomed and moved; a sparse map shows block means until it is near enough.
+
+const LABELLED = 12, LARGEST_CELL = 34, MARGIN = 86;
+
+class Matrix {
+  constructor(box, map, place, act) {
+    Object.assign(this, { map, place, act, cell: null, current: null, found: [new Set(), new Set()] });
+    this.tokens = [0, 1].map((end) => tokensOf(place, end));
+    this.canvas = el("canvas", { tabindex: "0", role: "application", "aria-roledescription": "matrix", "aria-describedby": "hint",
+      "aria-label": `${map.rows} tokens that look, by ${map.columns} that are looked at` });
+    const button = (name, label, action) => el("button", { type: "button", "aria-label": label, title: label, onclick: action }, name);
+    this.tools = el("div", { class: "tools" }, button("−", "Smaller", () => this.zoom(1 / 1.5)), button("+", "Larger", () => this.zoom(1.5)),
+      button("All", "The whole matrix", () => this.whole()), (this.readout = el("output", {})));
+    box.replaceChildren(this.tools, this.canvas);
+    this.box = box;
+    this.listen();
+    this.whole();
+  }
+
+  whole() {
+    const width = this.box.clientWidth, height = Math.max(320, Math.min(innerHeight * 0.8, 900));
+    const { rows, columns } = this.map;
+    this.most = { width, height };
+    const bare = Math.min((width - 2) / columns, (height - 2) / rows);
+    const labelled = Math.min((width - MARGIN) / columns, (height - MARGIN) / rows);
+    this.fit = Math.min(labelled >= LABELLED ? labelled : bare, LARGEST_CELL);
+    Object.assign(this, { size: this.fit, left: 0, top: 0 });
+    this.paint();
+    this.redraw();
+  }
+
+  // By a factor, around a point of the canvas (its middle if none is given).
+  zoom(factor, x = this.most.width / 2, y = this.most.height / 2) {
+    const { left, top, size, margin } = this;
+    const size2 = Math.min(Math.max(size * factor, this.fit), LARGEST_CELL);
+    const m2 = size2 >= LABELLED ? MARGIN : 1;
+    this.left = left + (x - margin) / size - (x - m2) / size2;
+    this.top = top + (y - margin) / size - (y - m2) / size2;
+    this.size = size2;
+    this.redraw();
+  }
+
+  show({ current, found, chosen, follow }) {
+    Object.assign(this, { current, found });
+    if (!current) this.cell = null;
+    if (follow && chosen) this.into(chosen.end ? null : chosen.index, chosen.end ? chosen.index : (this.cell?.column ?? null));
+    this.redraw();
+  }
+
+  // Moves so that a row and a column are in view.
+  into(row, column) {
+    const { size, margin, most } = this, [across, down] = [(most.width - margin) / size, (most.height - margin) / size];
+    if (row !== null && (row < this.top || row + 1 > this.top + down)) this.top = row - down / 2;
+    if (column !== null && (column < this.left || column + 1 > this.left + across)) this.left = column - across / 2;
+  }
+
+  paint() {
+    const { levels, rows, columns } = this.map.picture;
+    this.image = painted(levels, rows, columns);
+    this.dark = isDark();
+  }
+
+  redraw() {
+    if (this.dark !== isDark()) this.paint();
+    const { map, size, most } = this;
+    this.margin = size >= LABELLED ? MARGIN : 1;
+    const { margin } = this;
+    const across = Math.min(map.columns, (most.width - margin) / size), down = Math.min(map.rows, (most.height - margin) / size);
+    this.left = Math.min(Math.max(this.left, 0), map.columns - across);
+    this.top = Math.min(Math.max(this.top, 0), map.rows - down);
+    const width = across * size, height = down * size, { left, top } = this, block = map.picture.size;
+    const context = sharp(this.canvas, margin + width + 1, margin + height + 1);
+    context.imageSmoothingEnabled = size * block < 1;
+    context.drawImage(this.image, left / block, top / block, across / block, down / block, margin, margin, width, height);
+    context.save();
+    context.beginPath();
+    context.rect(margin, margin, width, height);
+    context.clip();
+    if (map.sparse && size >= 2) this.drawKept(context);
+    if (this.place.slot === "cross" && size >= 8) this.drawAlignment(context);
+    this.drawCross(context, width, height);
+    context.restore();
+    context.strokeStyle = inkOf("--rule");
+    context.strokeRect(margin - 0.5, margin - 0.5, width + 1, height + 1);
+    if (margin > 1) this.drawLabels(context, across, down);
+    this.canvas.classList.toggle("moves", size > this.fit * 1.001);
+  }
+
+  x(column) {
+    return this.margin + (column - this.left) * this.size;
+  }
+  y(row) {
+    return this.margin + (row - this.top) * this.size;
+  }
+
+  drawKept(context) {
+    const { k, at, values } = this.map.largest(), last = Math.min(this.map.rows, Math.ceil(this.top + this.most.height / this.size));
+    for (let i = Math.floor(this.top); i < last; i++) {
+      for (let n = i * k; n < (i + 1) * k; n++) {
+        context.fillStyle = palette().colour(values[n]);
+        if (values[n]) context.fillRect(this.x(at[n]), this.y(i), this.size, this.size);
+      }
+    }
+  }
+
+  // A ring on the largest weight of each row: the path of an alignment.
+  drawAlignment(context) {
+    const { k, at, values } = this.map.largest(1);
+    context.lineWidth = 2;
+    context.strokeStyle = inkOf("--m1");
+    for (let i = 0; i < this.map.rows; i++) {
+      if (!values[i * k]) continue;
+      context.beginPath();
+      context.arc(this.x(at[i * k] + 0.5), this.y(i + 0.5), this.size * 0.36, 0, 2 * Math.PI);
+      context.stroke();
+    }
+  }
+
+  drawCross(context, width, height) {
+    const { current, margin, size } = this;
+    const row = this.cell?.row ?? (current && !current.end ? current.index : null);
+    const column = this.cell?.column ?? (current?.end ? current.index : null);
+    context.lineWidth = 1.5;
+    context.strokeStyle = inkOf("--m1");
+    if (row !== null) context.strokeRect(margin - 2, this.y(row) - 0.5, width + 4, Math.max(size, 2) + 1);
+    if (column !== null) context.strokeRect(this.x(column) - 0.5, margin - 2, Math.max(size, 2) + 1, height + 4);
+  }
+
+  drawLabels(context, across, down) {
+    context.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+    context.textBaseline = "middle";
+    const write = (end, from, count, put) => {
+      for (let i = Math.floor(from); i < Math.min(this.tokens[end].length, Math.ceil(from + count)); i++) {
+        const same = this.cell ? this.cell[end ? "column" : "row"] === i : this.current?.end === end && this.current.index === i;
+        context.fillStyle = inkOf(same || this.found[end].has(i) ? "--accent" : "--ink");
+        const text = visible(this.tokens[end][i]).trim();
+        put(text.length > 12 ? `${text.slice(0, 11)}…` : text, i + 0.5);
+      }
+    };
+    context.textAlign = "right";
+    write(0, this.top, down, (text, at) => this.y(at) >= MARGIN && context.fillText(text, MARGIN - 6, this.y(at), MARGIN - 8));
+    context.textAlign = "left";
+    write(1, this.left, across, (text, at) => {
+      if (this.x(at) < MARGIN) return;
+      context.save();
+      context.translate(this.x(at), MARGIN - 6);
+      context.rotate(-Math.PI / 2);
+      context.fillText(text, 0, 0, MARGIN - 8);
+      context.restore();
+    });
+  }
+
+  at(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const column = Math.floor((event.clientX - box.left - this.margin) / this.size + this.left);
+    const row = Math.floor((event.clientY - box.top - this.margin) / this.size + this.top);
+    const inside = event.clientX >= box.left + this.margin && event.clientY >= box.top + this.margin;
+    return inside && row >= 0 && column >= 0 && row < this.map.rows && column < this.map.columns ? { row, column } : null;
+  }
+
+  read(cell) {
+    this.cell = cell;
+    if (!cell) return void (this.readout.textContent = "");
+    const level = this.map.row(cell.row)[cell.column];
+    const unknown = this.map.sparse && !level;
+    const weight = unknown ? "not among its largest" : shownWeight(this.map, level);
+    this.readout.textContent = `${visible(this.tokens[0][cell.row]).trim()} (${cell.row}) → ${visible(this.tokens[1][cell.column]).trim()} (${cell.column}): ${weight}`;
+  }
+
+  listen() {
+    const { canvas, act } = this;
+    let held = null;
+    canvas.addEventListener("pointerdown", (event) => {
+      if (this.size <= this.fit * 1.001 || event.button) return;
+      held = { x: event.clientX, y: event.clientY, left: this.left, top: this.top };
+      canvas.setPointerCapture(event.pointerId);
+    });
+    canvas.addEventListener("pointermove", (event) => {
+      if (held) {
+        this.left = held.left - (event.clientX - held.x) / this.size;
+        this.top = held.top - (event.clientY - held.y) / this.size;
+        held.moved ||= Math.hypot(event.clientX - held.x, event.clientY - held.y) > 4;
+        if (held.moved) return this.redraw();
+      }
+      const cell = this.at(event);
+      if (cell?.row === this.cell?.row && cell?.column === this.cell?.column) return;
+      this.read(cell);
+      act.hover(cell && { end: 0, index: cell.row });
+    });
+    canvas.addEventListener("pointerup", () => setTimeout(() => (held = null)));
+    canvas.addEventListener("pointerleave", () => (this.read(null), act.hover(null)));
+    canvas.addEventListener("click", (event) => {
+      const cell = this.at(event);
+      if (!cell || held?.moved) return;
+      act.choose({ end: 0, index: cell.row });
+      this.read(cell);
+      this.redraw();
+    });
+    canvas.addEventListener("wheel", (event) => {
+      if (!event.ctrlKey) return; // the page's own scrolling stays the page's
+      event.preventDefault();
+      const box = canvas.getBoundingClientRect();
+      this.zoom(Math.exp(-event.deltaY / 200), event.clientX - box.left, event.clientY - box.top);
+    }, { passive: false });
+    canvas.addEventListener("keydown", (event) => this.key(event));
+  }
+
+  key(event) {
+    const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.key === "+" || event.key === "=") this.zoom(1.5);
+    else if (event.key === "-") this.zoom(1 / 1.5);
+    else if (event.key === "0") this.whole();
+    else if (event.key === "Escape") this.act.choose(null);
+    else if (step) {
+      const last = [this.map.rows - 1, this.map.columns - 1], chosen = this.act.chosen();
+      const from = this.cell ?? { row: chosen && !chosen.end ? chosen.index : 0, column: -step[1] };
+      const [row, column] = [from.row + step[0], from.column + step[1]].map((n, i) => Math.min(Math.max(n, 0), last[i]));
+      this.read({ row, column });
+      this.act.choose({ end: 0, index: row }, false, this.readout.textContent);
+    } else return;
+    event.preventDefault();
+  }
+}
