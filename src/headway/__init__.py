@@ -15,14 +15,23 @@ if TYPE_CHECKING:
     from headway.compare import compare as compare
     from headway.hub import load as load
     from headway.mask import Mask as Mask
+    from headway.probe.look import look as look
     from headway.train import train as train
 
     from . import testing as testing
 
 __version__ = "0.1.0"
-__all__ = ["Mask", "__version__", "attend", "compare", "load", "testing", "train"]
+__all__ = ["Mask", "__version__", "attend", "compare", "load", "look", "testing", "train"]
 
-_HOME = {"Mask": "mask", "attend": "attend", "load": "hub", "train": "train", "compare": "compare", "testing": None}
+_HOME = {
+    "Mask": "mask",
+    "attend": "attend",
+    "compare": "compare",
+    "load": "hub",
+    "look": "probe.look",
+    "testing": None,
+    "train": "train",
+}
 
 
 class _Package(ModuleType):

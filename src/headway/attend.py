@@ -143,7 +143,7 @@ class Glance:
     def of(self, row: int) -> Glance:
         """The same of one row of the batch."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {name: t[row : row + 1] for name, t in found.items() if isinstance(t, Tensor)}
+        tensors: dict[str, Any] = {name: t[row : row + 1] for name, t in found.items() if isinstance(t, Tensor)}
         return replace(self, **tensors, mask=self.mask.of(row))
 
     def rows(self, rows: slice, heads: slice = slice(None)) -> Float[Tensor, "B H R S"]:

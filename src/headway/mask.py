@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -115,7 +116,7 @@ class Mask:
         """The mask of one row of the batch."""
         one = lambda t: t[row : row + 1] if isinstance(t, Tensor) and len(t) > 1 else t
         names = ("prefix", "globals", "valid", "segments", "key_segments")
-        own = {name: one(getattr(self, name)) for name in names}
+        own: dict[str, Any] = {name: one(getattr(self, name)) for name in names}
         return replace(self, **own, also=tuple(other.of(row) for other in self.also))
 
     def _near(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:

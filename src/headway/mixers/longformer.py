@@ -140,8 +140,9 @@ class Longformer(Mixer):
         if mask.globals is not None:
             is_global = mask.is_global(pos)
             if self.global_query is not None:
-                far = Glance(**dict(zip("qkv", self.project_global(x, pos, x, pos), strict=True)), **how)
-        reach = {"window": self.window, "dilations": self.dilations}
+                far_q, far_k, far_v = self.project_global(x, pos, x, pos)
+                far = Glance(q=far_q, k=far_k, v=far_v, **how)
+        reach: dict[str, Any] = {"window": self.window, "dilations": self.dilations}
         return Within(q=q, k=k, v=v, **how, **reach, is_global=is_global, far=far)
 
     def map(self, x: Float[Tensor, "B T C"], *, mask: Mask, pos: Int[Tensor, "B T"]) -> Float[Tensor, "B H T S"]:

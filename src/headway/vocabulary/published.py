@@ -166,6 +166,16 @@ class PublishedTokenizer:
         """Each id as its vocabulary spells it: "##ing", "\u0120the", "\u2581the"; "" for an id without a token."""
         return [self._core.id_to_token(i) or "" for i in self._known(ids)]
 
+    def labels(self, ids: Sequence[int]) -> list[str]:
+        """Each id as a person reads it: " the" rather than "\u0120the" or "\u2581the"; "##ing" stays."""
+        spelt = self.tokens(ids)
+        if type(self._core.decoder).__name__ != "ByteLevel":
+            return [token.replace("\u2581", " ") for token in spelt]
+        return [
+            token if i in self._special_ids else self._core.decode([i], skip_special_tokens=False)
+            for i, token in zip(self._known(ids), spelt, strict=True)
+        ]
+
     def chat(self, messages: Sequence[Any], *, add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation, [{"role": "user", "content": "hi"}, ...], by the checkpoint's own template.
 

@@ -1,0 +1,126 @@
+"""Capture: what every mixer of a model was given, caught by hooks while the model runs as it always does.
+
+A hook only keeps references, so the fast kernel stays on and no bit of the output changes. A compiled model gives its
+output without any hook, and what its mixers see is caught in a second, eager run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from headway.attend import Glance
+from headway.mask import Mask
+from headway.mixers import Mixer
+
+
+class Place(NamedTuple):
+    """A mixer in a model: the stack it is in, its layer there, "self" or "cross", its name in a spec, its heads.
+
+    has_maps: whether it forms attention weights. queries, keys: the sides (`look.tokens`) that look and are looked at.
+    """
+
+    stack: str
+    layer: int
+    slot: str
+    mixer: str
+    heads: int
+    has_maps: bool
+    queries: str
+    keys: str
+
+
+class Seen(NamedTuple):
+    """What the mixer of a place was given: its own tokens, the mask, their positions, and the context it looked at."""
+
+    place: Place
+    mixer: Any
+    x: Float[Tensor, "B T C"]
+    mask: Mask
+    pos: Int[Tensor, "B T"]
+    context: Float[Tensor, "B S C"] | None
+
+    def glance(self) -> Glance:
+        """The same call taken apart, by the mixer's own projections."""
+        return self.mixer.glance(self.x, mask=self.mask, pos=self.pos, context=self.context)
+
+
+def capture(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Seen]]:
+    """What `run`, which calls `net`, gives, and what each mixer was given, in the order of the model."""
+    compiled = is_compiled(net)
+    with torch.no_grad():
+        output = run() if compiled else None
+        seen: dict[int, Seen] = {}
+        found = mixers_of(net)
+        with ExitStack() as hooks, eager() if compiled else nullcontext():
+            for i, (place, mixer) in enumerate(found):
+                hooks.enter_context(before(mixer, _keeper(seen, i, place)))
+            eagerly = run()
+    return output if compiled else eagerly, [seen[i] for i in sorted(seen)]
+
+
+def _keeper(seen: dict[int, Seen], i: int, place: Place) -> Callable[..., None]:
+    def keep(mixer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if named.get("state") is not None:
+            raise ValueError("look: a stream remembers only what it needs: look at the whole text at once, no state")
+        if i in seen:
+            raise ValueError(f"look: layer {place.layer} of '{place.stack}' ran twice: look at one call of the model")
+        seen[i] = Seen(place, mixer, inputs[0], named["mask"], named["pos"], named.get("context"))
+
+    return keep
+
+
+@contextmanager
+def before(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """`hook(module, inputs, named)` runs before the module, inside this context alone."""
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def mixers_of(net: nn.Module) -> list[tuple[Place, Mixer]]:
+    """Every mixer of a model with its place, stack by stack, layer by layer."""
+    net = getattr(net, "_orig_mod", net)
+    found: list[tuple[Place, Mixer]] = []
+    for name, module in net.named_modules():
+        if isinstance(module, Mixer):
+            stack, layer, slot = _address(name, len(found))
+            found.append((_place(stack, layer, slot, module, net), module))
+    return found
+
+
+def _address(name: str, count: int) -> tuple[str, int, str]:
+    """Stack, layer and slot of "towers.text.stack.blocks.3.cross.inner"; a mixer outside of a stack is counted."""
+    parts = [part for part in name.split(".") if part not in ("towers", "_orig_mod")]
+    slot = "cross" if "cross" in parts else "self"
+    if "blocks" not in parts:
+        return "stack", count, slot
+    at = len(parts) - 1 - parts[::-1].index("blocks")
+    stack = [part for part in parts[:at] if part != "stack"]
+    return ".".join(stack) or "stack", int(parts[at + 1]), slot
+
+
+def _place(stack: str, layer: int, slot: str, mixer: Mixer, net: nn.Module) -> Place:
+    name = type(mixer).__module__.removeprefix("headway.mixers.")
+    sides = {"stack": "source", "encoder": "source", "decoder": "target"}
+    own = sides.get(stack, stack)
+    keys = "source" if slot == "cross" else own
+    heads = getattr(mixer, "heads", 1)
+    return Place(stack, layer, slot, name, heads, hasattr(mixer, "glance"), own, keys)
+
+
+def is_compiled(net: nn.Module) -> bool:
+    """Whether `torch.compile` has been asked for it, or for a part of it: compiled code runs no hooks."""
+    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in net.modules())
+
+
+def eager() -> Any:
+    """Inside, what was compiled runs as it was written."""
+    return torch.compiler.set_stance("force_eager")

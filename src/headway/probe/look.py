@@ -1,0 +1,127 @@
+"""Look: what a model attends to, any layer and head of it, while it runs as it always does.
+
+`look(model, inputs)` runs the model once with its fast kernels and keeps what every mixer was given; maps, summaries,
+rollout and relevance are computed from that when they are asked for, in tiles, so that none needs tokens x tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from headway.loaded import Loaded
+from headway.mask import Mask
+from headway.probe import maps
+from headway.probe.capture import Place, Seen, capture
+from headway.probe.reading import Reading, read
+
+
+def look(
+    model: Loaded | nn.Module,
+    inputs: Any,
+    second: Any = None,
+    *,
+    image: Any = None,
+    valid: Tensor | None = None,
+    mask: Mask | None = None,
+) -> Look:
+    """Runs `model` once on `inputs` and gives a `Look` at all it attended to.
+
+    model: what `headway.load` gives, which reads a text (or several), ids or a picture; or a module of Headway's, which
+    reads tensors. second: the other text of a pair, or what an encoder-decoder writes (default: its own answer; for a
+    bare one, ids). image: the picture beside a text, of two towers. valid, mask: as the model's `forward` takes them.
+    ValueError where the input is empty, is not what the model reads or is longer than it takes, or where NaN comes out.
+    """
+    return Look(read(model, inputs, second, image, valid, mask), model)
+
+
+class Look:
+    """One run of a model.
+
+    output: what the model's `forward` gives: the last hidden states, an encoder-decoder's logits, two towers' scores.
+    tokens: by side ("source", "target", or a tower's name), a label for each token of the first row. `labels` has the
+    other rows. written: of an encoder-decoder, what it wrote behind each token of "target". places: its mixers.
+    """
+
+    def __init__(self, reading: Reading, model: Loaded | nn.Module) -> None:
+        self.reading, self.model = reading, model
+        self.output, self.seen = capture(reading.net, reading.run)
+        self.places: list[Place] = [seen.place for seen in self.seen]
+        self.tokens = {side: rows[0] for side, rows in reading.labels.items()}
+        self.written = reading.written
+
+    @property
+    def net(self) -> Any:
+        """The module itself."""
+        return self.reading.net
+
+    def rerun(self) -> Any:
+        """The same call once more, for whoever puts hooks around it; gradients as the caller has them."""
+        return self.reading.run()
+
+    def labels(self, side: str, row: int = 0) -> list[str]:
+        """The tokens of one row of a batch."""
+        return self.reading.labels[side][row]
+
+    def at(self, layer: int, *, stack: str | None = None, slot: str | None = None) -> Seen:
+        """What the mixer of a layer was given. `stack`: the one that there is, or the decoder of an encoder-decoder;
+        `slot`: "self" where the layer has such a mixer."""
+        return maps.find(self.seen, layer, stack, slot)
+
+    def map(
+        self, layer: int, head: int, *, stack: str | None = None, slot: str | None = None, row: int = 0
+    ) -> Float[Tensor, "T S"]:
+        """The attention weights of a head; rows sum to one, or are zero where nothing may be seen."""
+        return maps.whole(self.at(layer, stack=stack, slot=slot), head, row)
+
+    def rows(
+        self,
+        layer: int,
+        head: int,
+        start: int,
+        stop: int,
+        *,
+        stack: str | None = None,
+        slot: str | None = None,
+        row: int = 0,
+    ) -> Float[Tensor, "R S"]:
+        """The same of the tokens from `start` to before `stop` alone."""
+        return maps.some(self.at(layer, stack=stack, slot=slot), head, row, start, stop)
+
+    def top(
+        self, layer: int, head: int, k: int, *, stack: str | None = None, slot: str | None = None, row: int = 0
+    ) -> maps.Top:
+        """The `k` keys that each token looks at most, `Float[T k]` of weights and `Int[T k]` of keys."""
+        return maps.top(self.at(layer, stack=stack, slot=slot), head, row, k)
+
+    def blocks(
+        self, layer: int, head: int, size: int, *, stack: str | None = None, slot: str | None = None, row: int = 0
+    ) -> Float[Tensor, "I J"]:
+        """What share of the look of each `size` tokens falls on each `size` keys; rows sum to one, as a map's do."""
+        return maps.blocks(self.at(layer, stack=stack, slot=slot), head, row, size)
+
+    # --- what mixers without weights imply, influence, interventions: functions of the files named in the imports ---
+
+    def implied(
+        self, layer: int, head: int, *, stack: str | None = None, slot: str | None = None, row: int = 0, **how: Any
+    ) -> Any:
+        from headway.probe.implied import implied
+
+        return implied(self, layer, head, stack=stack, slot=slot, row=row, **how)
+
+    def influence(self, *asked: Any, **how: Any) -> Any:
+        from headway.probe.influence import influence
+
+        return influence(self, *asked, **how)
+
+    def ablate(self, *asked: Any, **how: Any) -> Any:
+        from headway.probe.intervene import ablate
+
+        return ablate(self, *asked, **how)
+
+    def lens(self, *asked: Any, **how: Any) -> Any:
+        from headway.probe.lens import lens
+
+        return lens(self, *asked, **how)
