@@ -6,7 +6,7 @@ output without any hook, and what its mixers see is caught in a second, eager ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -73,6 +73,20 @@ def _keeper(seen: dict[int, Seen], i: int, place: Place) -> Callable[..., None]:
         seen[i] = Seen(place, mixer, inputs[0], named["mask"], named["pos"], named.get("context"))
 
     return keep
+
+
+def refuse_nan(net: nn.Module, output: Any, seen: Sequence[Seen]) -> None:
+    """NaN in the output is an error that says where it came from: weights, inputs, or a layer."""
+    if not isinstance(output, Tensor) or not output.is_floating_point() or not bool(output.isnan().any()):
+        return
+    name = next((name for name, p in net.named_parameters() if p.is_floating_point() and bool(p.isnan().any())), None)
+    if name is not None:
+        raise ValueError(f"look: the weight '{name}' holds NaN: load the model again, or train it at a lower rate")
+    if not seen or bool(seen[0].x.isnan().any()):
+        raise ValueError("look: NaN in the inputs, and so in all that the model gives: look at where they come from")
+    before = [one.place for one in seen if not bool(one.x.isnan().any())][-1]
+    where = f"layer {before.layer} of '{before.stack}'"
+    raise ValueError(f"look: NaN comes out of {where}, whose weights and inputs hold none: try float32")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ rollout and relevance are computed from that when they are asked for, in tiles, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 from headway.loaded import Loaded
 from headway.mask import Mask
 from headway.probe import maps
-from headway.probe.capture import Place, Seen, capture
+from headway.probe.capture import Place, Seen, capture, refuse_nan
+from headway.probe.flow import rollout
+from headway.probe.patterns import Head, heads
 from headway.probe.reading import Reading, read
+from headway.probe.relevance import Target, relevance
 
 
 def look(
@@ -48,6 +52,7 @@ class Look:
     def __init__(self, reading: Reading, model: Loaded | nn.Module) -> None:
         self.reading, self.model = reading, model
         self.output, self.seen = capture(reading.net, reading.run)
+        refuse_nan(reading.net, self.output, self.seen)
         self.places: list[Place] = [seen.place for seen in self.seen]
         self.tokens = {side: rows[0] for side, rows in reading.labels.items()}
         self.written = reading.written
@@ -101,6 +106,27 @@ class Look:
     ) -> Float[Tensor, "I J"]:
         """What share of the look of each `size` tokens falls on each `size` keys; rows sum to one, as a map's do."""
         return maps.blocks(self.at(layer, stack=stack, slot=slot), head, row, size)
+
+    def heads(self, row: int = 0) -> list[Head]:
+        """What each head does: entropy, distance, and the pattern that holds with its score (`patterns.PATTERNS`)."""
+        return heads(self, row)
+
+    def rollout(
+        self, *, stack: str | None = None, tokens: Sequence[int] | None = None, row: int = 0
+    ) -> dict[str, Float[Tensor, "M S"]]:
+        """Attention rollout (2005.00928), by side: what share of each token (`tokens`; default: all, in order) comes
+        from each token that went in. A decoder's has the shares of its own side and of the source's, together one."""
+        return rollout(self, stack, row, tokens)
+
+    def relevance(
+        self, target: Target = None, *, at: int | None = None, row: int = 0
+    ) -> dict[str, Float[Tensor, " S"]]:
+        """Which tokens a score comes from, by side: attention weighed with the score's gradient (2103.15679).
+
+        target: an output of the model's head by number or label (default: the largest), at the token `at` where there
+        are outputs for each (default: the last); or what gives one number of `output`. Of two towers it is the score.
+        """
+        return relevance(self, target, at, row)
 
     # --- what mixers without weights imply, influence, interventions: functions of the files named in the imports ---
 

@@ -7,7 +7,7 @@ name of a tower. A picture's patches are called r0c0, r0c1, ..., row by row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -30,7 +30,8 @@ Labels = dict[str, list[list[str]]]  # by side, row by row
 class Reading:
     """A call that can be made again and again: `run()` gives what the model's `forward` gives (two towers: the scores).
 
-    ids, valid: by side, where it has them. written: what each token of "target" was followed by.
+    ids, valid: by side, where it has them. written: what each token of "target" was followed by. separators: ids that
+    end or part texts.
     """
 
     net: nn.Module
@@ -39,6 +40,7 @@ class Reading:
     ids: dict[str, Tensor] = field(default_factory=dict)
     valid: dict[str, Tensor | None] = field(default_factory=dict)
     written: list[str] | None = None
+    separators: tuple[int, ...] = ()
 
 
 def read(
@@ -48,6 +50,26 @@ def read(
     net = model.net if isinstance(model, Loaded) else model
     loaded = model if isinstance(model, Loaded) else None
     body = getattr(net, "_orig_mod", net)
+    found = _read(net, body, loaded, inputs, second, image, valid, mask)
+    return found if loaded is None else replace(found, separators=_separators(loaded))
+
+
+def _separators(loaded: Loaded) -> tuple[int, ...]:
+    source = loaded.source
+    marks = (EOS,) if isinstance(source, Tokenizer) else (getattr(source, "sep", None), getattr(source, "eos", None))
+    return tuple({i for i in marks if i is not None})
+
+
+def _read(
+    net: nn.Module,
+    body: Any,
+    loaded: Loaded | None,
+    inputs: Any,
+    second: Any,
+    image: Any,
+    valid: Tensor | None,
+    mask: Mask | None,
+) -> Reading:
     if not isinstance(body, dual.Model) and image is not None:
         what = "it reads pictures alone: give the picture first" if isinstance(body, vision.Model) else "it reads none"
         raise ValueError(f"look: image= is what a model of two towers sees beside a text, and {what}")
