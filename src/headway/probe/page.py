@@ -19,8 +19,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from jaxtyping import Float, Integer, UInt8
 
-from headway.probe.record import Array, Head, Place, Record, block_means
+from headway.probe.record import Array, Head, Record, block_means
 from headway.store import write_text
 
 try:
@@ -135,7 +136,7 @@ def _sparse(record: Record, index: int, head: int, total: int, where: str) -> tu
     return how, _base64(data), _thumbnail(means)
 
 
-def quantized(weights: Array) -> tuple[Array, float, bool]:
+def quantized(weights: Float[Array, "T S"]) -> tuple[Integer[Array, "T S"], float, bool]:
     """Bytes, the weight that the largest byte stands for, and whether bytes have a sign."""
     size = np.abs(weights)
     scale, signed = float(size.max(initial=0.0)), bool((weights < 0).any())
@@ -145,7 +146,7 @@ def quantized(weights: Array) -> tuple[Array, float, bool]:
     return np.rint(255 * root).astype(np.uint8), scale, signed
 
 
-def _thumbnail(weights: Array) -> Array:
+def _thumbnail(weights: Float[Array, "T S"]) -> UInt8[Array, "32 32"]:
     """At most THUMB x THUMB block means, the largest of them 255; small maps stay as they are, cells repeated."""
     size = np.abs(weights)
     means = block_means(size, max(1, math.ceil(max(size.shape) / THUMB)))
@@ -153,7 +154,7 @@ def _thumbnail(weights: Array) -> Array:
     return np.rint(255 * np.sqrt(means[rows][:, columns] / (means.max() or 1.0))).astype(np.uint8)
 
 
-def _checked(weights: Array, shape: tuple[int, int], where: str) -> Array:
+def _checked(weights: Float[Array, "T S"], shape: tuple[int, int], where: str) -> Float[Array, "T S"]:
     if weights.shape != shape:
         raise ValueError(f"{where}: a map of {weights.shape} for {shape[0]} x {shape[1]} tokens")
     if not np.isfinite(weights).all():
@@ -197,6 +198,3 @@ def _themes(style: str) -> str:
         f"{style}\n:root[data-theme=light] {{ color-scheme: light; {plain} }}"
         f"\n:root[data-theme=dark] {{ color-scheme: dark; {dark[1]} }}"
     )
-
-
-__all__ = ["Place", "render", "write_page"]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float, Integer
 
 from headway.spec import Strict
 
-Array = np.ndarray[Any, np.dtype[Any]]
+Array = np.ndarray
 
 
 class Side(Strict, frozen=True, kw_only=True):
@@ -49,17 +50,18 @@ class Head(Strict, frozen=True, kw_only=True):
     distance: float | None = None
 
 
+@runtime_checkable
 class Maps(Protocol):
     """Where the weights come from, by place and head; T rows look at S columns."""
 
-    def map(self, place: int, head: int) -> Array:
-        """[T, S]"""
+    def map(self, place: int, head: int) -> Float[Array, "T S"]:
+        """All of them."""
 
-    def top(self, place: int, head: int, k: int) -> tuple[Array, Array]:
-        """The `k` largest weights of each row, their columns and values, [T, k] each."""
+    def top(self, place: int, head: int, k: int) -> tuple[Integer[Array, "T k"], Float[Array, "T k"]]:
+        """The `k` largest weights of each row, their columns and values, largest first."""
 
-    def blocks(self, place: int, head: int, size: int) -> Array:
-        """Means over `size` x `size` weights, [ceil(T / size), ceil(S / size)]."""
+    def blocks(self, place: int, head: int, size: int) -> Float[Array, "t s"]:
+        """Means over `size` x `size` weights: t = ceil(T / size), s = ceil(S / size)."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +90,23 @@ class Record:
 
 @dataclass(frozen=True)
 class Arrays:
-    """Maps that are there already: [H, T, S] a place."""
+    """Maps that are there already, one array [H, T, S] a place."""
 
-    places: Sequence[Array]
+    places: Sequence[Float[Array, "_ _ _"]]
 
-    def map(self, place: int, head: int) -> Array:
+    def map(self, place: int, head: int) -> Float[Array, "T S"]:
         return self.places[place][head]
 
-    def top(self, place: int, head: int, k: int) -> tuple[Array, Array]:
+    def top(self, place: int, head: int, k: int) -> tuple[Integer[Array, "T k"], Float[Array, "T k"]]:
         weights = self.places[place][head]
         columns = np.argsort(-weights, axis=1, kind="stable")[:, :k]
         return columns, np.take_along_axis(weights, columns, 1)
 
-    def blocks(self, place: int, head: int, size: int) -> Array:
+    def blocks(self, place: int, head: int, size: int) -> Float[Array, "t s"]:
         return block_means(self.places[place][head], size)
 
 
-def block_means(weights: Array, size: int) -> Array:
+def block_means(weights: Float[Array, "T S"], size: int) -> Float[Array, "t s"]:
     """Means over `size` x `size` blocks; those at the edges are over what is there."""
     rows, columns = (np.arange(0, n, size) for n in weights.shape)
     sums = np.add.reduceat(np.add.reduceat(weights.astype(np.float64), rows, 0), columns, 1)

@@ -1,7 +1,7 @@
 // Lines: those who look on the left, what they look at on the right; the stronger a line, the more weight.
 // Only what can be seen is drawn, so that length costs nothing.
 
-const ROW = 26, LINES_OF_A_ROW = 8;
+const ROW = 26, LINES_OF_A_ROW = 8, LINES_OF_A_CHOICE = 64;
 
 class Lines {
   constructor(box, map, place, act) {
@@ -60,7 +60,7 @@ class Lines {
     const groups = Array.from({ length: 17 }, () => []);
     const put = (i, j, level) => level && groups[8 + (Math.round(level / 32) || Math.sign(level))].push([i, j]);
     const { current, top } = this;
-    if (current) this.levels.forEach((level, other) => put(...(current.end ? [other, current.index] : [current.index, other]), level));
+    if (current) for (const { index: other, level } of strongest(this.levels, LINES_OF_A_CHOICE)) put(...(current.end ? [other, current.index] : [current.index, other]), level);
     else {
       for (let n = 0; n < top.at.length; n++) {
         const i = Math.floor(n / top.k), j = top.at[n];
@@ -122,8 +122,8 @@ function tokenList(end, place, act, move) {
     if (event.key === "Escape") act.choose(null);
     else if (event.key === "Home" || event.key === "End") act.choose({ end, index: event.key === "Home" ? 0 : last });
     else if (/^(Arrow|Page)/.test(event.key)) {
-      const to = index < 0 && !/Left|Right/.test(event.key) ? 0 : move(event.key, Math.max(index, 0));
-      if (to !== undefined) act.choose({ end, index: Math.min(Math.max(to, 0), last) });
+      const to = move(event.key, Math.max(index, 0));
+      if (to !== undefined) act.choose({ end, index: index < 0 ? 0 : Math.min(Math.max(to, 0), last) });
     } else return;
     event.preventDefault();
   });

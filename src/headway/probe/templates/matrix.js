@@ -120,10 +120,11 @@ class Matrix {
     const { current, margin, size } = this;
     const row = this.cell?.row ?? (current && !current.end ? current.index : null);
     const column = this.cell?.column ?? (current?.end ? current.index : null);
-    context.lineWidth = 1.5;
+    context.lineWidth = size < 4 ? 1 : 1.5;
     context.strokeStyle = inkOf("--m1");
-    if (row !== null) context.strokeRect(margin - 2, this.y(row) - 0.5, width + 4, Math.max(size, 2) + 1);
-    if (column !== null) context.strokeRect(this.x(column) - 0.5, margin - 2, Math.max(size, 2) + 1, height + 4);
+    const space = size < 4 ? 2 : 0.5; // around, never over, what it points at
+    if (row !== null) context.strokeRect(margin - 9, this.y(row) - space, width + 18, size + 2 * space);
+    if (column !== null) context.strokeRect(this.x(column) - space, margin - 9, size + 2 * space, height + 18);
   }
 
   drawLabels(context, across, down) {

@@ -62,7 +62,7 @@ function build() {
 }
 
 function about(place, { pattern, score, entropy, distance }) {
-  const words = [`${place.mixer}. `];
+  const words = [`Mixer: ${place.mixer}. `];
   if (pattern) words.push(el("strong", {}, `${pattern} ${figure(score, 2)}`), record.definitions[pattern] ? `: ${record.definitions[pattern]}. ` : ". ");
   if (entropy !== null) words.push(`Entropy ${entropy.toFixed(2)} nats. `);
   if (distance !== null) words.push(`Looks ${distance.toFixed(1)} tokens away on average.`);
@@ -84,7 +84,7 @@ function show(follow = false) {
 }
 
 function hint(current) {
-  if (state.view === "lines") return current ? "" : `The ${map.largest(LINES_OF_A_ROW).k} largest weights of each row.`;
+  if (state.view === "lines") return current ? `At most ${LINES_OF_A_CHOICE} lines; shading shows every weight.` : `The ${map.largest(LINES_OF_A_ROW).k} largest weights of each row.`;
   if (state.view === "matrix") return "Rows look, columns are looked at. Arrow keys move, + and − zoom; drag to move about." + (here().place.slot === "cross" && map.rows * map.columns < 10000 ? " Rings mark the largest of each row." : "");
   if (current) return "";
   return "Shaded by how much each is looked at on average; scaled to the most.";
@@ -108,7 +108,7 @@ function buildHeads(thumbs) {
       const label = place.note && places.length === 1 ? place.note : String(place.layer);
       const cells = Array.from({ length: place.heads }, (_, head) => headCell(place.first + head));
       const row = el("div", { role: "row" }, el("span", { role: "rowheader" }, el("span", { class: "hidden" }, "layer "), label), ...cells);
-      row.style.gridTemplateColumns = `1.6rem repeat(${most}, minmax(24px, 44px))`;
+      row.style.gridTemplateColumns = `1.6rem repeat(${most}, minmax(20px, 44px))`;
       return row;
     });
     const grid = el("div", { role: "grid", "aria-label": `Heads: ${title}`, "aria-describedby": "choose-help", onkeydown: moveHead, onclick: pickHead }, ...rows);
