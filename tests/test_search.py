@@ -13,7 +13,7 @@ from tiny import ARCHITECTURES, task, trainer, write_pairs
 from torch import Tensor
 
 import headway
-from headway.data.batches import collate
+from headway.data.pairs import collate
 from headway.data.sources import DataSpec, load_splits
 from headway.generate.search import Found, beam, greedy
 from headway.generate.step import step_of

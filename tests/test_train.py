@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from torch import Tensor, nn
 
 import headway
 from headway import objectives
-from headway.data.batches import IGNORE, Batch
+from headway.data.batches import IGNORE, Order
+from headway.data.pairs import Pairs
 from headway.recipe import OptimizerSpec, Recipe, read
 from headway.train import Interrupted, check_run, checkpoint, open_run
 from headway.train.loop import Status, Trainer
@@ -335,7 +337,7 @@ def test_a_run_from_before_a_key_was_known_goes_on(pairs: Path, tmp_path: Path) 
 # the loss
 
 
-def by_hand(net: nn.Module, batch: Batch, smoothing: float) -> float:
+def by_hand(net: nn.Module, batch: Pairs, smoothing: float) -> float:
     """Cross-entropy against (1 - smoothing) on the target and smoothing / V everywhere, token by token."""
     with torch.no_grad():
         p = net(batch.source, batch.target_in, batch.source_valid).double().softmax(-1)
@@ -363,12 +365,12 @@ def test_padding_changes_no_loss(name: str) -> None:
     net, batch = fresh(name), eight_pairs()
     objective = objectives.build({"name": "seq2seq", "smoothing": 0.1})
     assert batch.source_valid is not None
-    longer = Batch(
-        F.pad(batch.source, (0, 5)),
-        F.pad(batch.source_valid, (0, 5), value=False),
-        F.pad(batch.target_in, (0, 3)),
-        F.pad(batch.target_out, (0, 3), value=IGNORE),
-        batch.tokens,
+    longer = replace(
+        batch,
+        source=F.pad(batch.source, (0, 5)),
+        source_valid=F.pad(batch.source_valid, (0, 5), value=False),
+        target_in=F.pad(batch.target_in, (0, 3)),
+        target_out=F.pad(batch.target_out, (0, 3), value=IGNORE),
     )
     plain, padded = objective(net, batch), objective(net, longer)
     assert plain.tokens == padded.tokens
@@ -397,7 +399,7 @@ def test_the_best_weights_are_the_ones_kept(pairs: Path, tmp_path: Path) -> None
     scores: dict[float, Weights] = {}
     plain = loop.valid_loss
 
-    def noted(batches: list[Batch]) -> float:
+    def noted(batches: Order) -> float:
         value = plain(batches)
         scores[value] = weights(loop)
         return value

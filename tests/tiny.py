@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from headway import models
-from headway.data.batches import Batch, collate
+from headway.data.pairs import Pairs, collate
 from headway.models.seq2seq import Model
 from headway.recipe import Recipe, read
 from headway.train.data import Prepared, prepare
@@ -92,7 +92,7 @@ def fresh(name: str, source_vocab: int = 12, target_vocab: int = 12) -> Model:
     return net.eval()
 
 
-def eight_pairs() -> Batch:
+def eight_pairs() -> Pairs:
     """A batch of 8 pairs of differing lengths; ids from 4, as the first four are special."""
     draw = random.Random(1)
     ids = lambda: [draw.randint(4, 11) for _ in range(draw.randint(2, 6))]

@@ -114,7 +114,10 @@ _COLUMNS = (
 
 
 def summary(results: Sequence[dict[str, Any]], phonemes: bool) -> None:
-    """Two tables: what each model reached and cost, and its token error rate by length of the input."""
+    """What each model reached and cost; for error rates, a second table by length of the input."""
+    if "per" not in results[0]:
+        _figures(results)
+        return
     best = {key: _best([r[key] for r in results], less) for key, _, _, less in _COLUMNS}
     rows = [[_marked(show(r[key]), i == best[key]) for key, _, show, _ in _COLUMNS] for i, r in enumerate(results)]
     names = {} if phonemes else {"PER": "token\nerrors", "WER": "wrong\nanswers"}
@@ -133,6 +136,32 @@ def summary(results: Sequence[dict[str, Any]], phonemes: bool) -> None:
     )
     if len(results) > 1:
         console.print("* best in its column", style="dim")
+
+
+# what is shown of a model that is measured otherwise than by error rates, above its own metrics
+_COST = {
+    "parameters": lambda v: f"{v:,}",
+    "steps": lambda v: f"{v:,}",
+    "seconds": lambda v: f"{v:,.0f} s of training",
+    "train_tokens_per_second": lambda v: f"{v:,.0f} a second",
+    "peak_memory_bytes": lambda v: f"{v / 2**20:,.0f} MiB",
+    "valid_loss": lambda v: f"{v:.4f}",
+}
+
+
+def _figures(results: Sequence[dict[str, Any]]) -> None:
+    """One line a figure, one column a model."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("", overflow="fold")
+    for result in results:
+        table.add_column(result["title"], justify="right", overflow="fold")
+    for name, show in _COST.items():
+        table.add_row(name.replace("_", " ").removesuffix(" bytes"), *(show(result[name]) for result in results))
+    for name in results[0]["metrics"]:
+        shown = [result.get(name) for result in results]
+        if all(isinstance(value, int | float) for value in shown):
+            table.add_row(name.replace("_", " "), *(f"{value:,.4g}" for value in shown))
+    console.print(table)
 
 
 def _print(title: str, headings: Sequence[str], results: Sequence[dict[str, Any]], rows: list[list[Text]]) -> None:

@@ -87,6 +87,9 @@ class Entry(Strict, frozen=True):
 class Recipe(Strict, frozen=True):
     """Everything a run depends on. `max_tokens` is the longest input or target, in tokens, that the model takes.
 
+    `model` is a spec, or {load: FOLDER, heads: {...}} for a checkpoint to go on from. A step takes `accumulate`
+    batches of at most `batch_tokens`, over all ranks together; `workers` processes make them ahead of time.
+
     Test inputs are answered with `beams`, which compete by log-probability over length^`penalty`.
     """
 
@@ -100,6 +103,8 @@ class Recipe(Strict, frozen=True):
     objective: dict[str, Any] = {}
     optimizer: OptimizerSpec = OptimizerSpec()
     batch_tokens: Positive = 4096
+    accumulate: Positive = 1
+    workers: Annotated[int, Meta(ge=0, le=64)] = 0
     max_tokens: Annotated[int, Meta(ge=1, le=2**16)] = 64
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: Annotated[int, Meta(ge=0, lt=2**23)] = 0

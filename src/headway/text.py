@@ -83,14 +83,24 @@ class Tokenizer:
             raise ValueError(f"{path}: an id lies beyond its {core.get_vocab_size()} tokens; not saved by headway")
         return cls(core)
 
+    def special(self, name: str) -> int:
+        """The id of a special that it was trained with besides the four."""
+        found = self._core.token_to_id(name)
+        if found is None:
+            raise ValueError(f"this tokenizer has no {name!r}: train it for an objective that asks for it")
+        return found
+
     @classmethod
-    def train(cls, spec: TokenizerSpec, texts: Iterable[str]) -> "Tokenizer":
-        """Learn the vocabulary of `texts`; the same texts in any order give the same ids (BPE: the same merges)."""
+    def train(cls, spec: TokenizerSpec, texts: Iterable[str], extra: Iterable[str] = ()) -> "Tokenizer":
+        """Learn the vocabulary of `texts`; the same texts in any order give the same ids (BPE: the same merges).
+
+        `extra` specials get the last ids; text can never produce them, and `decode` leaves them out."""
         if spec.kind not in ("characters", "whitespace", "bpe"):
             raise ValueError(f"tokenizer kind {spec.kind!r} is unknown: use 'characters', 'whitespace' or 'bpe'")
         core = _train_bpe(texts, spec.vocab) if spec.kind == "bpe" else _collect(texts, spec.kind)
         if spec.kind != "bpe" and core.get_vocab_size() == len(SPECIALS):
             raise ValueError(f"cannot train a {spec.kind} tokenizer: the texts hold not one token")
+        core.add_special_tokens(list(extra))
         return cls(core)
 
     def _checked(self, ids: Sequence[int]) -> list[int]:

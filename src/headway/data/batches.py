@@ -1,100 +1,101 @@
-"""Batches of (nearly) equal lengths, counted in tokens, in an order that is a pure function of (seed, step).
+"""Batches, in an order that is a pure function of (seed, step): of nearly equal lengths, or packed without padding.
 
 Grouping by length and counting tokens, not rows, follows Vaswani et al. 2017 (arXiv:1706.03762, section 5.1). A run
 that stops at a step goes on exactly where it was: nothing has to be stored but the step.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
-from headway.text import BOS, EOS, PAD
+from headway.data.examples import Example
 
 IGNORE = -100  # the label that cross entropy leaves out
-Example = tuple[list[int], list[int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """`source_valid` is None when no source is padded; `tokens` counts the real ones of source and target, EOS too."""
+    """What an objective reads. `tokens` counts the real tokens in it, `targets` what its loss is a sum over."""
 
-    source: Int[Tensor, "B S"]
-    source_valid: Bool[Tensor, "B S"] | None
-    target_in: Int[Tensor, "B T"]
-    target_out: Int[Tensor, "B T"]
     tokens: int
+    targets: int
+
+    def to(self, device: torch.device) -> Any:
+        """The same on a device."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Pad to the right: source + EOS, BOS + target (what the decoder reads), target + EOS (what it should say)."""
-    if not examples:
-        raise ValueError("cannot collate 0 examples")
-    source, source_valid = _padded([[*source, EOS] for source, _ in examples], PAD)
-    target_in, _ = _padded([[BOS, *target] for _, target in examples], PAD)
-    target_out, target_valid = _padded([[*target, EOS] for _, target in examples], IGNORE)
-    return Batch(
-        source=torch.from_numpy(source),
-        source_valid=None if source_valid.all() else torch.from_numpy(source_valid),
-        target_in=torch.from_numpy(target_in),
-        target_out=torch.from_numpy(target_out),
-        tokens=int(source_valid.sum() + target_valid.sum()),
-    )
-
-
-def _padded(rows: list[list[int]], fill: int) -> tuple[np.ndarray, np.ndarray]:
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    valid = np.arange(lengths.max()) < lengths[:, None]
-    table = np.full(valid.shape, fill, np.int64)
-    table[valid] = np.fromiter(chain.from_iterable(rows), np.int64, lengths.sum())
-    return table, valid
-
-
-class Batches:
-    """Cut examples into batches of at most `tokens` padded tokens, rows * (longest source + longest target).
-
-    Examples are sorted by length; equal lengths are shuffled anew every epoch, and so is the order of the batches.
-    Where the sorted list is cut depends on lengths alone, so every epoch has `len(self)` batches.
-    """
-
-    def __init__(self, examples: Sequence[Example], *, tokens: int, seed: int) -> None:
-        if not examples:
-            raise ValueError("cannot make batches of 0 examples")
-        if seed < 0:
-            raise ValueError(f"seed={seed} is negative: use 0 or more")
-        self._examples, self._seed = examples, seed
-        # each side carries one more token, EOS or BOS
-        self._lengths = np.array([(len(source) + 1, len(target) + 1) for source, target in examples])
-        needs = self._lengths.sum(1)
-        if needs.max() > tokens:
-            worst = int(needs.argmax())
-            source, target = self._lengths[worst]
-            raise ValueError(
-                f"example {worst} needs {needs[worst]} tokens (source {source} and target {target}, ends included) "
-                f"but a batch holds batch_tokens={tokens}: raise it to {needs[worst]} or leave out long examples"
-            )
-        # targets go up, then down, then up with each next source length: a batch that spans two has no leap in it
-        source, target = self._lengths.T
-        self._rank = np.where(source % 2, -target, target), source
-        self._cuts = _cuts(self._lengths[np.lexsort(self._rank)], tokens)
-        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+@runtime_checkable
+class Order(Protocol):
+    """Batches by number, over all epochs."""
 
     def __len__(self) -> int:
         """Batches in an epoch."""
+
+    def batch(self, step: int) -> Any:
+        """The batch of this number, counted from 0."""
+
+
+def padded(rows: Sequence[Sequence[Any] | np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
+    """`Int[B T]`, filled up on the right, and `Bool[B T]`, false where it was."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    valid = np.arange(lengths.max()) < lengths[:, None]
+    table = np.full(valid.shape, fill, np.int64)
+    table[valid] = np.concatenate(rows)
+    return torch.from_numpy(table), torch.from_numpy(valid)
+
+
+class Batches:
+    """Cut examples into batches of at most `tokens` padded tokens: rows * (the largest size of each column, summed).
+
+    `sizes` is `Int[N K]`, tokens of each example, by column (source, target). Examples are sorted by them; equal ones
+    are shuffled anew every epoch, and so is the order of the batches. Where the sorted list is cut depends on sizes
+    alone, so every epoch has `len(self)` batches. `collate` makes the batch, with a generator of its own.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        sizes: np.ndarray,
+        *,
+        tokens: int,
+        seed: int,
+        collate: Callable[[list[Example], np.random.Generator], Any],
+    ) -> None:
+        _check(examples, seed)
+        self._examples, self._seed, self._collate = examples, seed, collate
+        needs = sizes.sum(1)
+        if needs.max() > tokens:
+            worst = int(needs.argmax())
+            raise ValueError(
+                f"example {worst} needs {needs[worst]} tokens ({' and '.join(map(str, sizes[worst]))}, ends included) "
+                f"but a batch holds batch_tokens={tokens}: raise it to {needs[worst]} or leave out long examples"
+            )
+        # targets go up, then down, then up with each next source length: a batch that spans two has no leap in it
+        first, last = sizes[:, 0], sizes[:, -1]
+        self._rank = np.where(first % 2, -last, last), first
+        self._cuts = _cuts(sizes[np.lexsort(self._rank)], tokens)
+        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+
+    def __len__(self) -> int:
         return len(self._cuts) + 1
 
-    def batch(self, step: int) -> Batch:
-        """The batch of this step, counted from 0 over all epochs."""
-        if step < 0:
-            raise ValueError(f"step={step} is negative: steps count from 0")
-        epoch, index = divmod(step, len(self))
+    def batch(self, step: int) -> Any:
+        """The batch of this number, counted from 0 over all epochs."""
+        epoch, index = _place(step, len(self))
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._arrange(epoch))
-        return collate([self._examples[i] for i in self._epoch[1][index]])
+        chosen = [self._examples[int(i)] for i in self._epoch[1][index]]
+        return self._collate(chosen, np.random.default_rng([self._seed, step, 1]))
 
     def _arrange(self, epoch: int) -> list[np.ndarray]:
         """The batches of an epoch, as indices into the examples."""
@@ -105,13 +106,84 @@ class Batches:
         return [chunks[i] for i in random.permutation(len(chunks))]
 
 
-def _cuts(lengths: np.ndarray, tokens: int) -> list[int]:
-    """Where each next batch starts, filling every batch from sorted lengths (source, target) as far as it goes."""
+class Packed:
+    """Rows of at most `length` tokens, each filled with whole examples, so that next to nothing is padding.
+
+    Which examples share a row is fixed (best fit, the longest first); the rows are shuffled anew every epoch.
+    `collate` is given rows of examples, and keeps them from seeing each other (`Mask.segments`).
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        sizes: np.ndarray,
+        *,
+        tokens: int,
+        length: int,
+        seed: int,
+        collate: Callable[[list[list[Example]], np.random.Generator], Any],
+    ) -> None:
+        _check(examples, seed)
+        self._examples, self._seed, self._collate = examples, seed, collate
+        if tokens < length:
+            raise ValueError(f"a batch holds batch_tokens={tokens}, and a row max_tokens={length}: raise batch_tokens")
+        self._rows = _fitted(sizes[:, 0], length)
+        self._per_batch = max(1, tokens // length)
+        self._epoch: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._per_batch)
+
+    def batch(self, step: int) -> Any:
+        """The batch of this number, counted from 0 over all epochs."""
+        epoch, index = _place(step, len(self))
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._rows)))
+        chosen = self._epoch[1][index * self._per_batch : (index + 1) * self._per_batch]
+        rows = [[self._examples[i] for i in self._rows[row]] for row in chosen]
+        return self._collate(rows, np.random.default_rng([self._seed, step, 1]))
+
+
+def _check(examples: Sequence[Example], seed: int) -> None:
+    if not len(examples):
+        raise ValueError("cannot make batches of 0 examples")
+    if seed < 0:
+        raise ValueError(f"seed={seed} is negative: use 0 or more")
+
+
+def _place(step: int, batches: int) -> tuple[int, int]:
+    if step < 0:
+        raise ValueError(f"step={step} is negative: steps count from 0")
+    return divmod(step, batches)
+
+
+def _cuts(sizes: np.ndarray, tokens: int) -> list[int]:
+    """Where each next batch starts, filling every batch from sorted sizes as far as it goes."""
     cuts: list[int] = []
-    start = longest = 0
-    for i, (source, target) in enumerate(lengths.tolist()):
-        longest = max(longest, target)
-        if (i + 1 - start) * (source + longest) > tokens:  # sorted: the last source is the longest
+    start, largest = 0, [0] * sizes.shape[1]
+    for i, size in enumerate(sizes.tolist()):
+        largest = [max(pair) for pair in zip(largest, size, strict=True)]
+        if (i + 1 - start) * sum(largest) > tokens:
             cuts.append(i)
-            start, longest = i, target
+            start, largest = i, size
     return cuts
+
+
+def _fitted(sizes: np.ndarray, length: int) -> list[list[int]]:
+    """Examples by row: each goes where it leaves the least room, the longest first."""
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # room left, row; sorted
+    for i in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[i])
+        if size > length:
+            raise ValueError(f"example {i} has {size} tokens, and a row takes max_tokens={length}: cut it, or raise it")
+        at = bisect_left(rooms, (size, -1))
+        if at < len(rooms):
+            room, row = rooms.pop(at)
+        else:
+            room, row = length, len(rows)
+            rows.append([])
+        rows[row].append(i)
+        if room > size:
+            insort(rooms, (room - size, row))
+    return rows

@@ -1,6 +1,6 @@
-"""Pairs of texts from a built-in set or from files (.tsv .csv .jsonl .parquet), split into train, valid and test.
+"""Rows of texts from a built-in set or from files (.tsv .csv .jsonl .parquet), split into train, valid and test.
 
-Which part a pair belongs to is a pure function of its input text, so that it never moves when data is added,
+Which part a row belongs to is a pure function of its first text, so that it never moves when data is added,
 reordered or repeated, and all the targets of one input stay together. Every mistake of a user is one ValueError line.
 A .tsv is taken literally (no quoting); a .csv may quote. Both have a header row. Text files may end in .gz.
 """
@@ -15,30 +15,39 @@ import inspect
 import os
 import pkgutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from headway.data import builtin
 from headway.spec import Strict
 
+Values = tuple[Any, ...]  # of one row; texts, or what a built-in set has for a picture
 _SHOWN = 5  # skipped rows named in the notes of one file
 
 
 class DataSpec(Strict, frozen=True, kw_only=False):
-    """Where the pairs are.
+    """Where the rows are.
 
-    `source` is a built-in set's name, a path or a glob; `input` and `target` are column names or JSON keys.
+    `source` is a built-in set's name, a path or a glob. `input` to `answer` say which column or JSON key plays which
+    part; an objective reads some of them (`seq2seq`: input and target).
     `valid` and `test` are files of their own; where one is None, its part is split off `source` by `part_of`.
-    `lowercase` changes inputs only: in a target, case may carry meaning (X-SAMPA). `keep_stress` is cmudict's.
+    `lowercase` changes the first text only: in a target, case may carry meaning (X-SAMPA). `keep_stress` is cmudict's.
     """
 
     source: str
     input: str = "input"
     target: str = "target"
+    text: str = "text"
+    second: str = "second"
+    label: str = "label"
+    image: str = "image"
+    question: str = "question"
+    context: str = "context"
+    answer: str = "answer"
     valid: str | None = None
     test: str | None = None
     lowercase: bool = False
@@ -48,26 +57,28 @@ class DataSpec(Strict, frozen=True, kw_only=False):
 
 @dataclass(frozen=True)
 class Splits:
-    """Lists of (input, target); `notes` says what a reader should know, above all the rows skipped, by file:line."""
+    """Lists of rows; `notes` says what a reader should know, above all the rows skipped, by file:line."""
 
-    train: list[tuple[str, str]]
-    valid: list[tuple[str, str]]
-    test: list[tuple[str, str]]
+    train: list[Values]
+    valid: list[Values]
+    test: list[Values]
     notes: list[str]
 
 
-def load_splits(spec: DataSpec) -> Splits:
+def load_splits(spec: DataSpec, roles: Sequence[str] = ("input", "target")) -> Splits:
+    """The rows of all three parts; `roles` are fields of the spec, whose columns make up a row, in their order."""
     if spec.bad_rows not in ("refuse", "skip"):
         raise ValueError(f"bad_rows={spec.bad_rows!r} is unknown: use 'refuse' or 'skip'")
     notes: list[str] = []
     own = {"valid": spec.valid, "test": spec.test}
-    parts: dict[str, list[tuple[str, str]]] = {"train": [], "valid": [], "test": []}
-    for pair in _cased(_source(spec, notes), spec):
-        part = part_of(pair[0])
-        parts["train" if own.get(part) is not None else part].append(pair)
+    parts: dict[str, list[Values]] = {"train": [], "valid": [], "test": []}
+    columns = tuple(getattr(spec, role) for role in roles)
+    for row in _cased(_source(spec, roles, columns, notes), spec):
+        part = part_of(row[0])
+        parts["train" if own.get(part) is not None else part].append(row)
     for name, pattern in own.items():
         if pattern is not None:
-            parts[name] = list(_cased(_read(pattern, spec, notes), spec))
+            parts[name] = list(_cased(_read(pattern, spec, columns, notes), spec))
     if not parts["train"]:
         raise ValueError(f"{spec.source}: no row falls into train (90% of inputs do); give more rows")
     notes += [f"{name} is empty: too few rows for a split by hash" for name in parts if not parts[name]]
@@ -80,7 +91,7 @@ def part_of(text: str) -> Literal["train", "valid", "test"]:
     return "train" if percent < 90 else "valid" if percent < 95 else "test"
 
 
-def references(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+def references(pairs: Iterable[Values]) -> dict[str, list[str]]:
     """Every distinct target listed for each input, in order: any of them counts as a right answer."""
     found: dict[str, dict[str, None]] = {}
     for source, target in pairs:
@@ -99,28 +110,34 @@ def texts(path: Path, column: str) -> Iterator[tuple[int, str, str]]:
             bad = lines.undecoded[1] if lines.undecoded[0] == lines.number else "" if line.strip() else "an empty line"
             yield lines.number, line.rstrip("\r\n"), bad
         return
-    for number, row in _reader(path)(path, (column, column)):
-        problem = row if isinstance(row, str) else _blank(row, (column, column))
+    for number, row in _reader(path)(path, (column,)):
+        problem = row if isinstance(row, str) else _blank(row, (column,))
         yield number, "" if problem else row[0], problem or ""
 
 
-def _cased(pairs: Iterable[tuple[str, str]], spec: DataSpec) -> Iterable[tuple[str, str]]:
-    return ((source.lower(), target) for source, target in pairs) if spec.lowercase else pairs
+def _cased(rows: Iterable[Values], spec: DataSpec) -> Iterable[Values]:
+    return ((row[0].lower(), *row[1:]) for row in rows) if spec.lowercase else rows
 
 
-def _source(spec: DataSpec, notes: list[str]) -> Iterable[tuple[str, str]]:
-    """A built-in set takes `keep_stress` where its `pairs` has that argument, and has the columns that it names."""
+def _source(spec: DataSpec, roles: Sequence[str], columns: tuple[str, ...], notes: list[str]) -> Iterable[Values]:
+    """A built-in set takes `keep_stress` where its `rows` has that argument, and has the columns that it names."""
     known = importlib.import_module(f"{builtin.__name__}.{spec.source}") if spec.source in _builtins() else None
-    takes_stress = known is not None and "keep_stress" in inspect.signature(known.pairs).parameters
+    takes_stress = known is not None and "keep_stress" in inspect.signature(known.rows).parameters
     if spec.keep_stress and not takes_stress:
         raise ValueError(f"keep_stress is for the source 'cmudict' only, not for {spec.source!r}: leave it out")
     if known is None:
-        return _read(spec.source, spec, notes)
-    columns = getattr(known, "COLUMNS", ("input", "target"))
-    for given, column, default in zip((spec.input, spec.target), columns, ("input", "target"), strict=True):
-        if given not in (column, default):
-            raise ValueError(f"{spec.source}: no column {given!r}; it has {columns[0]!r} and {columns[1]!r}")
-    return known.pairs(keep_stress=spec.keep_stress) if takes_stress else known.pairs()
+        return _read(spec.source, spec, columns, notes)
+    # of a built-in set, each role has its own column: {"input": "word"}
+    named: dict[str, str] = getattr(known, "COLUMNS", {role: role for role in roles})
+    order = list(named.values())
+    chosen = []
+    for role, given in zip(roles, columns, strict=True):
+        wanted = named.get(role) if given == role else given
+        if wanted not in order:
+            raise ValueError(f"{spec.source}: no column {given!r}; it has {', '.join(map(repr, order))}")
+        chosen.append(order.index(wanted))
+    rows = known.rows(keep_stress=spec.keep_stress) if takes_stress else known.rows()
+    return (tuple(row[i] for i in chosen) for row in rows)
 
 
 def _builtins() -> list[str]:
@@ -147,19 +164,19 @@ def _files(pattern: str) -> list[Path]:
     return files
 
 
-# A reader yields the line (parquet: the row) and its pair, or a str that says why there is none.
-Row = tuple[int, tuple[str, str] | str]
+# A reader yields the line (parquet: the row) and its values, or a str that says why there are none.
+Row = tuple[int, Values | str]
 
 
-def _read(pattern: str, spec: DataSpec, notes: list[str]) -> list[tuple[str, str]]:
-    pairs: list[tuple[str, str]] = []
+def _read(pattern: str, spec: DataSpec, columns: tuple[str, ...], notes: list[str]) -> list[Values]:
+    rows: list[Values] = []
     for path in _files(pattern):
         reader = _reader(path)
-        kept: list[tuple[str, str]] = []
+        kept: list[Values] = []
         bad: list[str] = []
         try:
-            for line, row in reader(path, (spec.input, spec.target)):
-                problem = row if isinstance(row, str) else _blank(row, (spec.input, spec.target))
+            for line, row in reader(path, columns):
+                problem = row if isinstance(row, str) else _blank(row, columns)
                 if not isinstance(row, str) and problem is None:
                     kept.append(row)
                 elif spec.bad_rows == "skip":
@@ -174,16 +191,16 @@ def _read(pattern: str, spec: DataSpec, notes: list[str]) -> list[tuple[str, str
         if bad:
             notes.append(f"{path}: skipped {len(bad)} of {len(bad) + len(kept)} rows")
             notes += bad[:_SHOWN] + ([f"{path}: ... and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else [])
-        pairs += kept
-    return pairs
+        rows += kept
+    return rows
 
 
-def _blank(pair: tuple[str, str], columns: tuple[str, str]) -> str | None:
-    return next((f"{column!r} is empty" for column, text in zip(columns, pair, strict=True) if not text.strip()), None)
+def _blank(row: Values, columns: tuple[str, ...]) -> str | None:
+    return next((f"{column!r} is empty" for column, text in zip(columns, row, strict=True) if not text.strip()), None)
 
 
-def _readers() -> dict[str, Callable[[Path, tuple[str, str]], Iterator[Row]]]:
-    known: dict[str, Callable[[Path, tuple[str, str]], Iterator[Row]]] = {
+def _readers() -> dict[str, Callable[[Path, tuple[str, ...]], Iterator[Row]]]:
+    known: dict[str, Callable[[Path, tuple[str, ...]], Iterator[Row]]] = {
         ".tsv": _table,
         ".csv": _table,
         ".jsonl": _jsonl,
@@ -191,7 +208,7 @@ def _readers() -> dict[str, Callable[[Path, tuple[str, str]], Iterator[Row]]]:
     return known | {f"{text}.gz": reader for text, reader in known.items()} | {".parquet": _parquet}
 
 
-def _reader(path: Path) -> Callable[[Path, tuple[str, str]], Iterator[Row]]:
+def _reader(path: Path) -> Callable[[Path, tuple[str, ...]], Iterator[Row]]:
     ending, known = _ending(path), _readers()
     if ending not in known:
         raise ValueError(
@@ -226,7 +243,7 @@ class _Lines:
                     yield line.decode(errors="replace")
 
 
-def _table(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
+def _table(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     lines = _Lines(path)
     tabs = ".tsv" in [suffix.lower() for suffix in path.suffixes[-2:]]
     # strict: otherwise a quote that is never closed swallows the rest of the file without a word
@@ -241,7 +258,7 @@ def _table(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
         raise ValueError(f"{path}: the file is empty; its first line should name the columns")
     if lines.undecoded[0]:
         raise ValueError(f"{path}:{lines.number}: the header is {lines.undecoded[1]}; save the file as UTF-8")
-    first, second = (_column(path, column, header) for column in columns)
+    places = [_column(path, column, header) for column in columns]
     while True:
         start = lines.number + 1
         try:
@@ -254,7 +271,7 @@ def _table(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
         if lines.undecoded[0] >= start:
             yield lines.undecoded
         elif len(row) == len(header):
-            yield start, (row[first], row[second])
+            yield start, tuple(row[place] for place in places)
         elif problem:  # a blank line has none and is nothing
             swallowed = f"; the row runs to line {lines.number}, is a quote left open?" if lines.number > start else ""
             yield start, problem + swallowed
@@ -268,7 +285,7 @@ def _column(path: Path, column: str, names: list[str]) -> int:
     return names.index(column)
 
 
-def _jsonl(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
+def _jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     lines = _Lines(path)
     for line in lines:
         if not line.strip():
@@ -286,20 +303,21 @@ def _jsonl(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
         raise ValueError(f"{path}: the file is empty")
 
 
-def _texts(record: object, columns: tuple[str, str]) -> tuple[str, str] | str:
-    """The two texts of a JSON record, or why it has none."""
+def _texts(record: object, columns: tuple[str, ...]) -> Values | str:
+    """The texts of a JSON record, or why it has none."""
     if not isinstance(record, dict):
-        return f"a JSON {type(record).__name__}, not an object with the keys {columns[0]!r} and {columns[1]!r}"
+        keys = " and ".join(map(repr, columns))
+        return f"a JSON {type(record).__name__}, not an object with the keys {keys}"
     for column in columns:
         if column not in record:
             return f"no key {column!r}{_nearest(column, record) or '.'} It has: {', '.join(record)}"
         if not isinstance(record[column], str):
             what = "null" if record[column] is None else f"of type {type(record[column]).__name__}"
             return f"{column!r} is {what}, not a text"
-    return record[columns[0]], record[columns[1]]
+    return tuple(record[column] for column in columns)
 
 
-def _parquet(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
+def _parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     try:
         import pyarrow
         import pyarrow.parquet

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from headway.data.batches import collate
+from headway.data.pairs import collate
 from headway.generate.search import beam, greedy
 from headway.loaded import Loaded
 from headway.models.seq2seq import Model

@@ -5,22 +5,62 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import nn
 
-from headway.data.batches import IGNORE, Batch
-from headway.objectives import Loss
+from headway.data.batches import IGNORE
+from headway.data.examples import Example
+from headway.data.pairs import Pairs, collate
+from headway.data.sources import Values, references
+from headway.generate.search import greedy
+from headway.hub import Loaded
+from headway.objectives import Base, Loss, Score, Unfit, with_vocabulary
+from headway.objectives._rates import by_length, evaluate, rates
+from headway.objectives._tools import Tools
+from headway.recipe import Recipe
+from headway.text import Tokenizer
 
 
-class Objective:
+class Objective(Base):
     """`smoothing`: the share of the target's probability that is spread over all tokens."""
+
+    KINDS = ("seq2seq",)
+    COLUMNS = {"input": "source", "target": "target"}
 
     def __init__(self, smoothing: float = 0.0) -> None:
         if not 0 <= smoothing < 1:
             raise ValueError(f"objective.smoothing is a share from 0 to below 1, not {smoothing}")
         self.smoothing = smoothing
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+    def spec(self, model: dict[str, Any], tools: Tools) -> dict[str, Any]:
+        assert tools.source is not None and tools.target is not None
+        return with_vocabulary(
+            with_vocabulary(model, "source_vocab", tools.source.vocab), "target_vocab", tools.target.vocab
+        )
+
+    def encode(self, row: Values, tools: Tools) -> Iterable[Example]:
+        assert isinstance(tools.source, Tokenizer) and isinstance(tools.target, Tokenizer)
+        example = (tools.source.encode(row[0]), tools.target.encode(row[1]))
+        if not example[0] or max(map(len, example)) > tools.max_tokens:
+            raise Unfit(
+                f"the pair {row[0][:40]!r} is {len(example[0])} and {len(example[1])} tokens; "
+                f"the model takes 1 to {tools.max_tokens}: raise max_tokens"
+            )
+        return [example]
+
+    def sizes(self, example: Example) -> tuple[int, ...]:
+        return len(example[0]) + 1, len(example[1]) + 1  # each side carries one more token, EOS or BOS
+
+    def collate(self, examples: Sequence[Example], random: np.random.Generator) -> Pairs:
+        return collate(examples)
+
+    def __call__(self, model: nn.Module, batch: Pairs) -> Loss:
         logits = model(batch.source, batch.target_in, batch.source_valid).float()  # B T V
         log_p = F.log_softmax(logits.flatten(0, 1), -1)
         labels = batch.target_out.flatten()
@@ -29,4 +69,31 @@ class Objective:
         if self.smoothing:
             uniform = -log_p.mean(-1).masked_fill(labels == IGNORE, 0.0).sum()
             total = (1 - self.smoothing) * plain + self.smoothing * uniform
-        return Loss(total, plain.detach(), int((labels != IGNORE).sum()))
+        return Loss(total, plain.detach(), batch.targets)
+
+    @torch.no_grad()
+    def rehearse(self, net: nn.Module, batch: Any, tools: Tools) -> None:
+        longest = torch.zeros(1, tools.max_tokens + 1, dtype=torch.long)  # and the end
+        net(longest, longest)
+        greedy(net.eval(), longest, limit=2)  # type: ignore[arg-type]
+
+    def score(self, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Score:
+        """Error rates by what the model writes (`_rates`), under `beams`, `penalty` and `test_limit`."""
+        listed = references(rows)
+        listed = {text: targets for text, targets in listed.items() if len(model.encode(text)) <= tools.max_tokens}
+        chosen = sorted(listed, key=lambda text: hashlib.sha256(text.encode()).digest())[: recipe.test_limit]
+        kind = recipe.tokenizers.target.kind
+        scored, speed = evaluate(
+            model, {text: listed[text] for text in chosen}, kind, beams=recipe.beams, penalty=recipe.penalty
+        )
+        found = rates(scored)
+        metrics = {
+            "per": found.per,
+            "wer": found.wer,
+            "test_words": found.words,
+            "decode_words_per_second": speed,
+            "beams": recipe.beams,
+            "penalty": recipe.penalty,
+            "by_length": by_length(scored),
+        }
+        return Score(metrics, scored)

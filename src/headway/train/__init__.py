@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -10,21 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
-from headway import models, objectives
 from headway import recipe as recipes
-from headway.data.batches import Batch
-from headway.data.sources import references
-from headway.generate.search import greedy
 from headway.hub import Loaded, safe_name
 from headway.machine import Peak, hardware, versions
-from headway.models.seq2seq import Model
 from headway.recipe import Entry, Recipe
 from headway.store import read_json, write_text
 from headway.train.data import Prepared, prepare
-from headway.train.evaluate import Scored, by_length, evaluate, rates
-from headway.train.loop import Interrupted, Status, Trainer, with_vocabularies
+from headway.train.loop import Interrupted, Status, Trainer
+from headway.train.network import network, spec_of
 from headway.train.optim import build_optimizers
 
 __all__ = ["Interrupted", "Status", "check_run", "open_run", "rehearse", "run_entry", "train"]
@@ -91,16 +84,11 @@ def _record(recipe: Recipe) -> dict[str, Any]:
     return msgspec.json.decode(msgspec.json.encode(recipe))
 
 
-@torch.no_grad()
 def rehearse(recipe: Recipe, entry: Entry, prepared: Prepared) -> None:
-    """Builds a model and shows it the longest texts it may meet: a mistake costs a second and no training."""
-    net = models.build(with_vocabularies(entry.model, prepared))
-    if not isinstance(net, Model):
-        raise ValueError(f"model.kind: '{entry.model.get('kind')}' cannot be trained on pairs; only seq2seq can")
+    """Builds a model and shows it the longest it may meet: a mistake costs a second and no training."""
+    net = network(spec_of(entry.model, prepared), prepared.tools)
     build_optimizers(net, entry.optimizer or recipe.optimizer)
-    longest = torch.zeros(1, recipe.max_tokens + 1, dtype=torch.long)  # and the end
-    objectives.build(recipe.objective)(net, Batch(longest, None, longest, longest, tokens=longest.numel()))
-    greedy(net.eval(), longest, limit=2)
+    prepared.objective.rehearse(net, prepared.batches.batch(0), prepared.tools)
 
 
 def run_entry(
@@ -112,7 +100,7 @@ def run_entry(
     *,
     resume: bool = False,
     watch: Watch = lambda name, status: None,
-    after: Callable[[Loaded, list[Scored]], dict[str, Any]] = lambda model, scored: {},
+    after: Callable[[Loaded, list[Any]], dict[str, Any]] = lambda model, scored: {},
 ) -> dict[str, Any]:
     """Trains and tests one model; `after` may add to the result. A finished one is not trained again on resume."""
     done = folder / "result.json"
@@ -129,10 +117,9 @@ def run_entry(
     memory = peak.bytes
     valid_loss = trainer.valid_loss(prepared.valid)
     model.net.eval()
-    listed = _test_references(recipe, prepared)
-    kind = recipe.tokenizers.target.kind
-    scored, speed = evaluate(model, listed, kind, beams=recipe.beams, penalty=recipe.penalty)
-    found, progress = rates(scored), trainer.progress
+    held_out = prepared.splits.test or prepared.splits.valid
+    metrics, scored = prepared.objective.score(model, held_out, prepared.tools, recipe)
+    progress = trainer.progress
     result = {
         "name": name,
         "title": entry.title or name,
@@ -140,18 +127,13 @@ def run_entry(
         "parameters": model.parameters,
         "train_tokens_per_second": progress.tokens / progress.seconds,
         "valid_loss": valid_loss,
-        "per": found.per,
-        "wer": found.wer,
-        "test_words": found.words,
         "tested_on": "test" if prepared.splits.test else "valid",
-        "decode_words_per_second": speed,
-        "beams": recipe.beams,
-        "penalty": recipe.penalty,
+        "metrics": list(metrics),
+        **metrics,
         "peak_memory_bytes": memory,
         "seconds": progress.seconds,
         "steps": progress.step,
         "tokens": progress.tokens,
-        "by_length": by_length(scored),
         "curve": progress.curve,
         "hardware": hardware(),
         "versions": versions(),
@@ -160,13 +142,3 @@ def run_entry(
     model.save(folder / "model")
     write_text(done, json.dumps(result, indent=1))
     return result
-
-
-def _test_references(recipe: Recipe, prepared: Prepared) -> dict[str, list[str]]:
-    """All targets listed for each test input; a fixed sample of them under `test_limit`."""
-    listed = references(prepared.splits.test or prepared.splits.valid)
-    listed = {
-        text: targets for text, targets in listed.items() if len(prepared.source.encode(text)) <= recipe.max_tokens
-    }
-    chosen = sorted(listed, key=lambda text: hashlib.sha256(text.encode()).digest())[: recipe.test_limit]
-    return {text: listed[text] for text in chosen}

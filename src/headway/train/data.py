@@ -1,80 +1,109 @@
-"""From a recipe to what a loop reads: pairs split, tokenizers trained, every pair as ids."""
+"""From a recipe to what a loop reads: rows split, tools learned from the training part alone, every row as integers."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from headway.data.batches import Batch, Batches, Example, collate
-from headway.data.sources import Splits, load_splits
+import msgspec
+import numpy as np
+
+from headway import hub, objectives
+from headway.data.batches import Order
+from headway.data.examples import Examples
+from headway.data.sources import Splits, Values, load_splits
+from headway.objectives import Base, Unfit, _tools
+from headway.objectives._tools import Tools
 from headway.recipe import Recipe
-from headway.text import Tokenizer
 
-VALID_PAIRS = 1000  # for the points of a learning curve; the figure at the end takes all
+VALID_ROWS = 1000  # for the points of a learning curve; the figure at the end takes all
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Shared by every model of a comparison."""
+    """Shared by every model of a comparison. `batches` are what is trained on; `valid` and `curve` what is held out,
+    all of it and a sample; `fingerprint` is of everything that is trained on."""
 
     splits: Splits
-    source: Tokenizer
-    target: Tokenizer
-    batches: Batches
-    valid: list[Batch]
-    curve: list[Batch]
-    fingerprint: str  # of everything that is trained on
-    lowercase: bool  # no training input has an upper-case letter, so a user's is lowered too
+    objective: Base
+    tools: Tools
+    batches: Order
+    valid: Order
+    curve: Order
+    fingerprint: str
 
 
 def prepare(recipe: Recipe) -> Prepared:
-    """Loads, splits, trains the tokenizers on the training part alone, and encodes."""
-    splits = load_splits(recipe.data)
-    source = Tokenizer.train(recipe.tokenizers.input, (pair[0] for pair in splits.train))
-    target = Tokenizer.train(recipe.tokenizers.target, (pair[1] for pair in splits.train))
-    train = _encode(recipe, splits, splits.train, source, target)
-    valid = _encode(recipe, splits, splits.valid, source, target)
-    _encode(recipe, splits, splits.test, source, target)  # a pair that does not fit is refused before training
+    """Loads, splits, learns and encodes."""
+    objective: Base = objectives.build(recipe.objective)
+    columns = objective.columns()
+    splits = load_splits(recipe.data, tuple(columns))
+    start = _start(recipe)
+    tools = _tools.learn(
+        columns,
+        objective.EXTRA,
+        splits.train,
+        (recipe.tokenizers.input, recipe.tokenizers.target),
+        max_tokens=recipe.max_tokens,
+        start=start,
+    )
+    encode = partial(_encode, recipe, splits, objective, tools)
+    train, valid = encode(splits.train), encode(splits.valid)
+    encode(splits.test)  # a row that does not fit is refused before training
     for part, examples in (("train", train), ("valid", valid)):
-        if not examples:
+        if not len(examples):
             raise ValueError(
-                f"{recipe.data.source}: no pair for {part}; give more rows, or data.{part} a file of its own"
+                f"{recipe.data.source}: no row for {part}; give more rows, or data.{part} a file of its own"
             )
+    order = partial(_order, recipe, objective)
+    every = max(1, len(valid) // VALID_ROWS)
+    record = msgspec.json.encode([recipe.objective, tools.labels, train.fingerprint(), valid.fingerprint()])
     return Prepared(
         splits,
-        source,
-        target,
-        Batches(train, tokens=recipe.batch_tokens, seed=recipe.seed),
-        _in_batches(valid, recipe.batch_tokens),
-        _in_batches(valid[:: max(1, len(valid) // VALID_PAIRS)], recipe.batch_tokens),
-        fingerprint=hashlib.sha256(repr((train, valid)).encode()).hexdigest(),
-        lowercase=all(text == text.lower() for text, _ in splits.train),
+        objective,
+        tools,
+        order(train),
+        order(valid),
+        order(Examples(valid[i] for i in range(0, len(valid), every))) if every > 1 else order(valid),
+        fingerprint=hashlib.sha256(record).hexdigest(),
     )
 
 
-def _encode(
-    recipe: Recipe, splits: Splits, pairs: Sequence[tuple[str, str]], source: Tokenizer, target: Tokenizer
-) -> list[Example]:
-    examples, long = [], 0
-    for input, output in pairs:
-        example = (source.encode(input), target.encode(output))
-        if not example[0] or max(map(len, example)) > recipe.max_tokens:
+def all_of(order: Order) -> Iterator[Any]:
+    """Every batch of held-out examples once, the same at every call."""
+    return (order.batch(i) for i in range(len(order)))
+
+
+def _start(recipe: Recipe) -> hub.Loaded | None:
+    """The checkpoint that a recipe goes on from."""
+    if recipe.model is None or "load" not in recipe.model:
+        return None
+    unknown = sorted(recipe.model.keys() - {"load", "heads"})
+    if unknown:
+        raise ValueError(
+            f"model.{unknown[0]}: a model that is loaded has its own spec; beside load, only heads is told"
+        )
+    return hub.load(recipe.model["load"], device="cpu")
+
+
+def _encode(recipe: Recipe, splits: Splits, objective: Base, tools: Tools, rows: Sequence[Values]) -> Examples:
+    found, unfit = Examples(), 0
+    for row in rows:
+        try:
+            for example in objective.encode(row, tools):
+                found.append(example)
+        except Unfit as reason:
             if recipe.data.bad_rows == "refuse":
-                raise ValueError(
-                    f"{recipe.data.source}: the pair {input[:40]!r} is {len(example[0])} and {len(example[1])} tokens; "
-                    f"the model takes 1 to {recipe.max_tokens}: raise max_tokens, or set data.bad_rows=skip"
-                )
-            long += 1
-            continue
-        examples.append(example)
-    if long:
-        splits.notes.append(f"{recipe.data.source}: {long} pairs longer than max_tokens={recipe.max_tokens} skipped")
-    return examples
+                raise ValueError(f"{recipe.data.source}: {reason}, or set data.bad_rows=skip") from None
+            unfit += 1
+    if unfit:
+        splits.notes.append(f"{recipe.data.source}: {unfit} rows do not fit max_tokens={recipe.max_tokens}: skipped")
+    return found
 
 
-def _in_batches(examples: list[Example], tokens: int) -> list[Batch]:
-    """In order of length, so that little is padded; every example once."""
-    examples = sorted(examples, key=lambda e: (len(e[0]), len(e[1])))
-    rows = max(1, tokens // 32)
-    return [collate(examples[i : i + rows]) for i in range(0, len(examples), rows)]
+def _order(recipe: Recipe, objective: Base, examples: Examples) -> Order:
+    sizes = np.array([objective.sizes(example) for example in examples])
+    return objective.batches(examples, sizes, tokens=recipe.batch_tokens, length=recipe.max_tokens, seed=recipe.seed)

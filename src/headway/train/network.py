@@ -1,0 +1,33 @@
+"""The network that a recipe trains: built anew from its spec, or loaded with what the objective asks for besides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from torch import nn
+
+from headway import hub, models
+from headway.objectives._tools import Tools
+from headway.train.data import Prepared
+
+
+def spec_of(model: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
+    """The whole spec of a recipe's model, as JSON would have it: sizes from vocabulary and classes, heads, and all."""
+    start = prepared.tools.start
+    given = model
+    if start is not None:
+        given = {**start.spec, "heads": {**start.spec.get("heads", {}), **model.get("heads", {})}}
+    kinds = prepared.objective.KINDS
+    if given.get("kind") in models.names() and given["kind"] not in kinds:
+        raise ValueError(f"model.kind: this objective trains {' or '.join(kinds)}, not '{given['kind']}'")
+    spec = msgspec.to_builtins(prepared.objective.spec(given, prepared.tools))
+    return {"load": model["load"], **spec} if start is not None else spec
+
+
+def network(spec: dict[str, Any], tools: Tools) -> nn.Module:
+    """Fresh, or loaded; heads that the checkpoint does not have are drawn, and no other weight is."""
+    if tools.start is None:
+        return models.build(spec)
+    new = {name: head for name, head in spec.get("heads", {}).items() if name not in tools.start.spec.get("heads", {})}
+    return hub.load(spec["load"], device="cpu", heads=new or None).net
