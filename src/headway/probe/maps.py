@@ -25,8 +25,8 @@ class Top(NamedTuple):
     keys: Int[Tensor, "T k"]
 
 
-def find(seen: Sequence[Seen], layer: int, stack: str | None, slot: str | None) -> Seen:
-    """What was seen at a place, or a ValueError that says which places there are."""
+def find(seen: Sequence[Any], layer: int, stack: str | None, slot: str | None) -> Any:
+    """The one of a place (all have a `place`), or a ValueError that says which places there are."""
     if not seen:
         raise ValueError("look: this module holds no mixer of Headway's: look at a model, stack, block or mixer")
     stacks = list(dict.fromkeys(one.place.stack for one in seen))
