@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from common import interleave, save, spread
 from torch import Tensor, nn
 
-from headway.quantize import prepare, round_weight
+from headway.quantize import prepare
+from headway.rounding import round_weight
 
 SHAPES = {
     "GPT-2 124M": [(768, 2304), (768, 768), (768, 3072), (3072, 768), (768, 50257)],

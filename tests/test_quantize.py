@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headway.quantize import Int8Embedding, Int8Linear, PackedLinear, blockwise, hadamard, nbytes, prepare, round_weight
+from headway.quantize import Int8Embedding, Int8Linear, PackedLinear, nbytes, prepare
+from headway.rounding import blockwise, hadamard, round_weight
 
 WAYS = [(None, torch.float32), (None, torch.bfloat16), ("int8", torch.float32), ("int8", torch.bfloat16)]
 FAR = {(None, torch.float32): 1e-6, (None, torch.bfloat16): 0.005, ("int8", torch.float32): 0.013}

@@ -93,7 +93,7 @@ def test_no_import_runs_upward() -> None:
         {"positions", "kernels", "data"},
         {"attend"},
         {"layers"},
-        {"mixers", "heads", "patches", "quantize", "transfer"},
+        {"mixers", "heads", "patches", "rounding", "quantize", "transfer"},
         {"block"},
         {"models"},
         {"loaded"},

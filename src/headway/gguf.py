@@ -8,9 +8,10 @@ the quantizations is the library's. Format: https://github.com/ggml-org/ggml/blo
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ _STRING, _ARRAY = 8, 9
 _NAMES = {0: "u8", 1: "i8", 2: "u16", 3: "i16", 4: "u32", 5: "i32", 6: "f32", 7: "bool", 8: "string", 9: "array"}
 _SMALLEST_PAIR = 8 + 4 + 1  # a key's length, a type, one byte
 _SMALLEST_INFO = 8 + 4 + 4 + 8  # a name's length, no dimension, a type, an offset
+RUN = 2**20  # numbers that are read at once
 MAX_DIMS, MAX_ALIGNMENT, MAX_NAME = 4, 2**20, 1024
 MAX_ENTRIES = 2**22  # of a list; vocabularies and their merges have a tenth of it, and each becomes a Python object
 
@@ -51,7 +53,6 @@ class GgufTensors(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, infos: dict[str, _Info]) -> None:
         self.path, self._infos = path, infos
-        self._bytes = np.memmap(path, np.uint8, "r")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -65,17 +66,32 @@ class GgufTensors(Mapping[str, Tensor]):
         return {name: GGMLQuantizationType(info.kind).name for name, info in self._infos.items()}
 
     def __getitem__(self, name: str) -> Tensor:
+        return self._read(name, 0, self._infos[name].shape[0])
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, int, Tensor]]:
+        """(name, first row, rows) as the data lie in the file, a few megabytes at a time."""
+        for name in sorted(names, key=lambda name: self._infos[name].start):
+            shape = self._infos[name].shape
+            step = max(1, RUN * shape[0] // math.prod(shape)) if len(shape) > 1 else shape[0]
+            for start in range(0, shape[0], step):
+                yield name, start, self._read(name, start, min(start + step, shape[0]))
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows. Read, not mapped: mapped pages count as memory of this process."""
         from gguf import GGMLQuantizationType, quants
 
         info = self._infos[name]
-        kind = GGMLQuantizationType(info.kind)
-        data = self._bytes[info.start : info.start + info.size]
+        kind, shape = GGMLQuantizationType(info.kind), (stop - start, *info.shape[1:])
+        begin, end = (info.start + info.size * row // info.shape[0] for row in (start, stop))
+        data = np.fromfile(self.path, np.uint8, end - begin, offset=begin)
+        if len(data) < end - begin:
+            raise ValueError(f"{self.path}: ends within tensor '{name}': it changed while it was read; get it again")
         if kind.name in ("F32", "F16", "BF16"):  # NumPy has no bf16: its bits are carried over
             plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name]
-            return torch.from_numpy(np.array(data)).view(plain).reshape(info.shape)
-        rows = data.reshape(*info.shape[:-1], -1)
+            return torch.from_numpy(data).view(plain).reshape(shape)
         with np.errstate(all="ignore"):  # a scale that is not finite is the file's, and shows in the numbers
-            return torch.from_numpy(np.ascontiguousarray(quants.dequantize(rows, kind))).reshape(info.shape)
+            found = quants.dequantize(data.reshape(*shape[:-1], -1), kind)
+        return torch.from_numpy(np.ascontiguousarray(found)).reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._infos)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,7 @@ from headway.heads import HeadSpec
 from headway.image import ImageSpec, from_published
 from headway.loaded import MAX_TOKENS, Facts
 from headway.loaded import Loaded as Bare
+from headway.quantize import mix_for, roundings
 from headway.spec import convert
 from headway.store import check_fit, read_folder, read_json
 from headway.text import Tokenizer
@@ -42,6 +43,15 @@ from headway.weights import open_weights
 __all__ = ["Generation", "Loaded", "load", "safe_name"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OLD = {"max_tokens", "lowercase"}  # facts that folders of Headway 0.1 keep beside the model
+
+
+class How(NamedTuple):
+    """What `load` was asked for."""
+
+    device: torch.device
+    dtype: str
+    heads: Mapping[str, Any] | None
+    quantize: str | None
 
 
 class Loaded(Bare):
@@ -170,8 +180,9 @@ def load(
     id ("owner/name", through huggingface_hub). Strict: what is missing, unexpected or unknown is a ValueError.
 
     dtype: of the weights (float32, bfloat16, float16). quantize: "int8" rounds weights and activations to 8 bits, for
-    speed on a CPU. heads: new heads by name, {"classify": {"outputs": 3, "pool": "first"}}; they are the only weights
-    that are ever initialised, and they take the place of the checkpoint's own.
+    speed on a CPU; weights are rounded as they are read, never stand in memory whole, and cannot be saved. heads: new
+    heads by name, {"classify": {"outputs": 3, "pool": "first"}}; they are the only weights that are ever initialised,
+    and they take the place of the checkpoint's own.
     """
     if dtype not in DTYPES:
         raise ValueError(f"load: dtype is {', '.join(DTYPES)}, not {dtype!r}")
@@ -183,47 +194,47 @@ def load(
         raise ValueError(
             f"load: no device {str(device)!r} here ({str(error).splitlines()[0]:.80}); try 'cpu'"
         ) from None
-    model = _load(source, device or machine.device(), dtype, heads)
+    model = _load(source, How(torch.device(device or machine.device()), dtype, heads, quantize))
     if quantize is not None:
         model.pack(quantize)
     return model
 
 
-def _load(source: str | Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) -> Loaded:
+def _load(source: str | Path, how: How) -> Loaded:
     path = Path(source)
     if not str(source).strip():
         raise ValueError("load: an empty name: give a folder, a weights file, or a hub id (owner/name)")
     if path.suffix.lower() == ".json":
         raise ValueError(f"{path}: not weights: name the folder of the model, {path.parent}")
     if path.suffix.lower() == ".gguf":
-        return _gguf(path, device, dtype, heads)
+        return _gguf(path, how)
     if path.is_file():
         refuse_pickle(path)
         config = path.parent / "config.json"
         if not config.is_file():
             raise ValueError(f"{path}: no model here: no config.json beside it tells what the weights are of")
-        return _published(path.parent, path, device, dtype, heads)
+        return _published(path.parent, path, how)
     if path.is_dir():
-        return _folder(path, device, dtype, heads)
+        return _folder(path, how)
     if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
         from headway.fetch import fetch
 
-        return _folder(fetch(source), device, dtype, heads)
+        return _folder(fetch(source), how)
     raise ValueError(f"{source}: no model here: no such folder or file, and no hub id (owner/name)")
 
 
-def _folder(folder: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) -> Loaded:
+def _folder(folder: Path, how: How) -> Loaded:
     inner = folder / "model"
     if (inner / "spec.json").is_file():
         folder = inner
     if (folder / "spec.json").is_file():
-        return _own(folder, device, dtype, heads)
+        return _own(folder, how)
     if (folder / "config.json").is_file():
-        return _published(folder, folder, device, dtype, heads)
+        return _published(folder, folder, how)
     raise ValueError(f"{folder}: no model here (no spec.json, no config.json); name the folder of one model")
 
 
-def _own(folder: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) -> Loaded:
+def _own(folder: Path, how: How) -> Loaded:
     """A folder that `Loaded.save` wrote; every byte is checked."""
     tensors, records = read_folder(folder, open_weights)
     for part in ("spec", "source", "target"):
@@ -236,15 +247,15 @@ def _own(folder: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None)
     facts = convert(spec.get("facts", {key: spec[key] for key in OLD if key in spec}), Facts, where)
     if facts.max_tokens is not None and not 1 <= facts.max_tokens <= MAX_TOKENS:
         raise ValueError(f"{where}: max_tokens is from 1 to {MAX_TOKENS}, not {facts.max_tokens}")
-    _check_dtype(facts, dtype, folder)
+    _check_dtype(facts, how.dtype, folder)
     source, target = (_tokenizer(folder, side, records) for side in ("source", "target"))
     model = spec["model"]
     for side, tokenizer in (("source", source), ("target", target)):
         if isinstance(tokenizer, Tokenizer) and tokenizer.vocab != model.get(f"{side}_vocab", model.get("vocab")):
             raise ValueError(f"{folder / side}.json: not the tokenizer that spec.json was made with")
-    net = _network(model, tensors.get("model", {}), folder, device, dtype, heads)
+    net = _network(model, tensors.get("model", {}), folder, how)
     image = convert(spec["image"], ImageSpec, where) if "image" in spec else None
-    return Loaded(net, _with_heads(model, heads), source, target, facts=facts, image=image)
+    return Loaded(net, _with_heads(model, how.heads), source, target, facts=facts, image=image)
 
 
 def _tokenizer(folder: Path, side: str, records: dict[str, Any]) -> Tokenizer | PublishedTokenizer | None:
@@ -259,9 +270,7 @@ def _network(
     spec: dict[str, Any],
     tensors: Mapping[str, Tensor],
     folder: Path,
-    device: Any,
-    dtype: str,
-    heads: Mapping[str, Any] | None,
+    how: How,
 ) -> nn.Module:
     """The network of a spec, but only once its shapes are known to be those of `tensors`."""
     try:
@@ -271,9 +280,7 @@ def _network(
         raise ValueError(f"{folder / 'spec.json'}: {str(error).splitlines()[0]}") from None
     where = folder / "model.safetensors"
     check_fit(sketch, tensors, where)
-    return _filled(
-        _with_heads(spec, heads), tensors, [Rule((name,), (name,)) for name in tensors], where, device, dtype, heads
-    )
+    return _filled(_with_heads(spec, how.heads), tensors, [Rule((name,), (name,)) for name in tensors], where, how)
 
 
 def _filled(
@@ -281,17 +288,18 @@ def _filled(
     weights: Mapping[str, Tensor],
     rules: Iterable[Rule],
     where: Path,
-    device: Any,
-    dtype: str,
-    heads: Mapping[str, Any] | None,
+    how: How,
 ) -> nn.Module:
     """The network of a spec, filled tensor by tensor; new `heads` are initialised, and the file's own passed over."""
     with blank():
         net = models.assemble(spec)
-    if heads:
+    if how.heads:
         rules = [part for rule in rules for part in _passed_over(rule)]
-    fresh = [f"heads.{name}.*" for name in heads or {}]
-    fill(net, weights, rules, dtype=DTYPES[dtype], allow_fresh=fresh, where=where, device=device)
+    fresh = [f"heads.{name}.*" for name in how.heads or {}]
+    dtype, rounded = DTYPES[how.dtype], {}
+    if how.quantize and how.device.type == "cpu":
+        rounded = roundings(net, dtype, mix_for(spec["kind"]))
+    fill(net, weights, rules, dtype=dtype, allow_fresh=fresh, where=where, device=how.device, rounded=rounded)
     return net
 
 
@@ -311,7 +319,7 @@ def _with_heads(spec: dict[str, Any], heads: Mapping[str, Any] | None) -> dict[s
     return {**spec, "heads": {name: convert(head, HeadSpec, f"heads.{name}") for name, head in heads.items()}}
 
 
-def _published(folder: Path, weights: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) -> Loaded:
+def _published(folder: Path, weights: Path, how: How) -> Loaded:
     """A folder as transformers writes it, or one weights file in it."""
     found = families.read(read_json(folder / "config.json", dict), str(folder / "config.json"))
     if (file := folder / "generation_config.json").is_file():
@@ -324,10 +332,10 @@ def _published(folder: Path, weights: Path, device: Any, dtype: str, heads: Mapp
     image = None
     if (file := folder / "preprocessor_config.json").is_file() and found.spec["kind"] in ("vision", "dual"):
         image = from_published(read_json(file, dict), file)
-    return build(found, open_weights(weights), weights, tokenizer, image, device, dtype, heads)
+    return build(found, open_weights(weights), weights, tokenizer, image, how)
 
 
-def _gguf(path: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) -> Loaded:
+def _gguf(path: Path, how: How) -> Loaded:
     """A GGUF file, which holds its tokenizer, too."""
     from headway.families._gguf import read
     from headway.gguf import read_gguf
@@ -336,7 +344,7 @@ def _gguf(path: Path, device: Any, dtype: str, heads: Mapping[str, Any] | None) 
     found, weights = read(file, path)
     told = "tokenizer.ggml.model" in file.metadata
     tokenizer = PublishedTokenizer.from_gguf(file.metadata, path) if told else None
-    return build(found, weights, path, tokenizer, None, device, dtype, heads)
+    return build(found, weights, path, tokenizer, None, how)
 
 
 def _check_dtype(facts: Facts, dtype: str, where: Path) -> None:
@@ -350,14 +358,12 @@ def build(
     where: Path,
     tokenizer: PublishedTokenizer | None,
     image: ImageSpec | None,
-    device: Any,
-    dtype: str,
-    heads: Mapping[str, Any] | None,
+    how: How,
 ) -> Loaded:
     """A published checkpoint's model, filled tensor by tensor."""
-    _check_dtype(found.facts, dtype, where)
-    spec = _with_heads(found.spec, heads)
-    net = _filled(spec, weights, rules_for(found, weights), where, device, dtype, heads)
+    _check_dtype(found.facts, how.dtype, where)
+    spec = _with_heads(found.spec, how.heads)
+    net = _filled(spec, weights, rules_for(found, weights), where, how)
     return Loaded(net, spec, tokenizer, facts=found.facts, image=image)
 
 

@@ -18,7 +18,7 @@ from headway import __version__
 from headway.image import ImageSpec
 from headway.mask import Mask
 from headway.models import seq2seq
-from headway.quantize import is_prepared, packs, prepare, restore
+from headway.quantize import is_prepared, mix_for, packs, prepare, restore
 from headway.spec import Strict
 from headway.store import write_folder
 from headway.text import UNK, Tokenizer
@@ -298,8 +298,8 @@ class Loaded:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return next(self.net.parameters()).dtype
+        """Of the weights, or of what flows between them where they are rounded."""
+        return next(p.dtype for p in self.net.parameters() if p.is_floating_point())
 
     def pack(self, quantize: str | None = None) -> None:
         """Lays a published model's weights out for fast inference on this CPU (int8: rounds them too), in place.
@@ -314,9 +314,7 @@ class Loaded:
         self.unpack()
         if not on_cpu:
             raise ValueError(f"quantize='{quantize}' is for a CPU, and this model is on {self.device}: leave it out")
-        # where many tokens go together, spreading outliers costs time, and vectors need it less than likelihoods do
-        mix = {"mix": 1} if self.kind in ("encoder", "vision", "dual") else {}
-        prepare(self.net, quantize, self.dtype, **mix)
+        prepare(self.net, quantize, self.dtype, mix_for(self.kind))
 
     def unpack(self) -> None:
         """The weights as PyTorch holds them: to train, change or save them."""

@@ -19,10 +19,9 @@ import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
 
-WORTH = 2**16  # weights from which a packed product beats the overhead of its call
-MIX = 16  # channels that H mixes: SmolLM2's perplexity rises by 4.7, 0.8, 0.6% with 1, 16, 64; time grows with it
+from headway.rounding import MIX, TINY, WORTH, Rounded, blockwise, hadamard
+
 CHUNK = 256  # rows quantized at a time, so that what lies between two operations stays in the cache
-TINY = 1e-30  # a row or channel of zeros has this scale
 
 
 def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = torch.float32, mix: int = MIX) -> None:
@@ -36,9 +35,10 @@ def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = to
     ValueError, before anything changes, where the machine lacks the engine or the network does not fit.
     """
     _check(net, quantize, dtype, mix)
+    _give_back()
     net.requires_grad_(False).eval()
-    _join(net)
-    linears = [m for m in net.modules() if type(m) is nn.Linear and m.weight.numel() >= WORTH]
+    _join(net, dtype, mix)
+    linears = _worth(net)
     fast: dict[nn.Module, nn.Module] = {}
     tables: dict[int, list[nn.Embedding]] = {}  # by their weight, which a linear may share
     for module in net.modules():
@@ -51,14 +51,35 @@ def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = to
         linear = linears.pop()
         tied = tables.get(id(linear.weight), [])
         if quantize == "int8":
-            rounded, scales = round_weight(linear.weight, mix)
-            fast[linear] = Int8Linear(rounded, scales, linear.bias, dtype, mix)
-            fast |= {table: Int8Embedding(rounded, scales, dtype, mix) for table in tied}
+            rounded = Rounded.of(linear.weight, dtype, mix)
+            fast[linear] = Int8Linear(rounded.data, rounded.scales, linear.bias, dtype, mix)
+            fast |= {table: Int8Embedding(rounded.data, rounded.scales, dtype, mix) for table in tied}
+            del rounded
         elif torch.backends.mkldnn.is_available():
             fast[linear] = PackedLinear(linear.weight, linear.bias, tied[0] if tied else None)
         _replace(net, fast)
         fast.clear()
-    _give_back()
+        del linear, tied
+        _give_back()
+
+
+def roundings(net: nn.Module, dtype: torch.dtype, mix: int = MIX) -> dict[str, Rounded]:
+    """What the weights that `prepare` makes int8 can be read into, by name, so that they never stand in full precision.
+
+    For a network whose parameters are on the meta device; empty where this machine or dtype has no int8, of which
+    `prepare` then tells.
+    """
+    if dtype not in (torch.float32, torch.bfloat16) or _lacks(True, dtype):
+        return {}
+    worth = set(_worth(net))
+    names = {linear.weight: name for name, linear in net.named_modules() if linear in worth}
+    return {f"{name}.weight": Rounded.blank(weight.shape, dtype, mix) for weight, name in names.items()}
+
+
+def mix_for(kind: str) -> int:
+    """How many channels to mix in a kind of model: where many tokens go together, spreading outliers costs time, and
+    vectors need it less than likelihoods do."""
+    return 1 if kind in ("encoder", "vision", "dual") else MIX
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -76,6 +97,10 @@ def restore(net: nn.Module) -> None:
     _replace(net, {module: module.unpacked() for module in held if isinstance(module, PackedLinear)})
     _replace(net, {module: module.apart() for module in net.modules() if isinstance(module, Part)})
     net.requires_grad_(True)
+
+
+def _worth(net: nn.Module) -> list[nn.Linear]:
+    return [m for m in net.modules() if type(m) is nn.Linear and m.weight.numel() >= WORTH]
 
 
 def is_prepared(net: nn.Module) -> bool:
@@ -127,7 +152,7 @@ class Joint(nn.Module):
         return kept[1]
 
 
-def _join(net: nn.Module) -> None:
+def _join(net: nn.Module, dtype: torch.dtype, mix: int) -> None:
     """Queries, keys and values of the same tokens become one product. Keys and values of a context stay apart."""
     for name, module in list(net.named_modules()):
         parts = [getattr(module, part, None) for part in ("query", "key_value")]
@@ -137,7 +162,11 @@ def _join(net: nn.Module) -> None:
         assert isinstance(one, nn.Linear) and isinstance(two, nn.Linear)
         if one.in_features != two.in_features or (one.bias is None) != (two.bias is None):
             continue
-        weight = nn.Parameter(torch.cat([one.weight, two.weight]), requires_grad=False)
+        weight: nn.Parameter
+        if isinstance(one.weight, Rounded) or isinstance(two.weight, Rounded):
+            weight = Rounded.beside(*(Rounded.of(linear.weight, dtype, mix) for linear in (one, two)))
+        else:
+            weight = nn.Parameter(torch.cat([one.weight, two.weight]), requires_grad=False)
         bias = None if one.bias is None else nn.Parameter(torch.cat([one.bias, two.bias]), requires_grad=False)
         joint = Joint(_linear(weight, bias), 2)
         module.query = Part(joint, 0, one.out_features)
@@ -245,8 +274,9 @@ class Int8Linear(Prepared):
         self.bias = None if bias is None else bias.detach().float()
         self.hadamard = hadamard(inputs, mix)
         with _fbgemm():
-            zeros = torch.zeros(outputs, dtype=torch.long)
-            weight = torch._make_per_channel_quantized_tensor(rounded, scales.double(), zeros, 0)
+            about: dict[str, Any] = {"scales": scales.double(), "zero_points": torch.zeros(outputs, dtype=torch.long)}
+            weight = torch._empty_per_channel_affine_quantized((0, inputs), **about, axis=0, dtype=torch.qint8)
+            weight.set_(rounded.untyped_storage(), rounded.storage_offset(), rounded.shape, rounded.stride())  # no copy
             self.packed = torch.ops.quantized.linear_prepack(weight, None)
         # FBGEMM: rounds x / scale to whole numbers, multiplies, and answers in float32
         self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
@@ -305,33 +335,6 @@ class Int8Embedding(Prepared):
         return blockwise(rows, self.hadamard).to(self.weight.dtype)
 
 
-def round_weight(weight: Float[Tensor, "N K"], mix: int = MIX) -> tuple[Int8[Tensor, "N K"], Float[Tensor, " N"]]:
-    """W H in whole numbers from -127 to 127, and the scale of each output channel. Needs little memory beside."""
-    rounded = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(len(weight))
-    mixing = hadamard(weight.shape[1], mix)
-    for start in range(0, len(weight), 4096):
-        part = slice(start, start + 4096)
-        rows = blockwise(weight.detach()[part].float(), mixing)
-        scales[part] = rows.abs().amax(1).div_(127).clamp_min_(TINY)
-        rounded[part] = (rows / scales[part, None]).round_().to(torch.int8)
-    return rounded, scales
-
-
-def hadamard(width: int, mix: int = MIX) -> Float[Tensor, "M M"]:
-    """The symmetric Hadamard matrix over sqrt(M), which is its own inverse; M is the largest power of two in both."""
-    size = min(width & -width, mix)
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / size**0.5
-
-
-def blockwise(x: Float[Tensor, "*S K"], matrix: Float[Tensor, "M M"]) -> Float[Tensor, "*S K"]:
-    """Multiplies each M neighbouring channels by the matrix."""
-    return x if len(matrix) == 1 else torch.mm(x.reshape(-1, len(matrix)), matrix).view(x.shape)
-
-
 @contextmanager
 def _fbgemm() -> Iterator[None]:
     """Packing asks a global which engine to pack for, and warns that quantized tensors will go some day."""
@@ -370,17 +373,24 @@ def _check(net: nn.Module, quantize: str | None, dtype: torch.dtype, mix: int) -
     if type(net) in (nn.Linear, nn.Embedding):
         raise ValueError(f"prepare replaces what lies inside a network; this is a lone {type(net).__name__}: wrap it")
     for name, parameter in net.named_parameters():
-        if parameter.device.type != "cpu" or not parameter.is_floating_point():
+        if parameter.device.type != "cpu" or not (parameter.is_floating_point() or isinstance(parameter, Rounded)):
             what = f"{name} is {parameter.dtype} on {parameter.device}"
             raise ValueError(
                 f"fast linears are for floating-point weights on a CPU, but {what}; move it, or leave it as is"
             )
+    if lacking := _lacks(quantize is not None, dtype):
+        raise ValueError(lacking)
+
+
+def _lacks(quantize: bool, dtype: torch.dtype) -> str:
+    """What this machine cannot do, in one line, or nothing."""
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise ValueError("this CPU has no bfloat16 arithmetic (it takes AVX-512): use dtype=torch.float32")
+        return "this CPU has no bfloat16 arithmetic (it takes AVX-512): use dtype=torch.float32"
     if quantize and "fbgemm" not in torch.backends.quantized.supported_engines:
-        raise ValueError("quantize='int8' runs on FBGEMM, which this build of PyTorch lacks: use quantize=None")
+        return "quantize='int8' runs on FBGEMM, which this build of PyTorch lacks: use quantize=None"
     if quantize and not torch.cpu._is_vnni_supported():
-        raise ValueError("quantize='int8' needs a CPU with VNNI (without it, 8-bit sums overflow): use quantize=None")
+        return "quantize='int8' needs a CPU with VNNI (without it, 8-bit sums overflow): use quantize=None"
+    return ""
 
 
 def _unfit(x: Tensor, dtype: torch.dtype) -> str:

@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from headway.header import shown
 from headway.layers import initialise
+from headway.rounding import Rounded
 from headway.store import shapes_of
-from headway.weights import Weights, rowed
+from headway.weights import Streamed, rowed
 
 
 class Rule(NamedTuple):
@@ -72,6 +73,7 @@ def fill(
     allow_fresh: Collection[str] = frozenset(),
     where: str | Path,
     device: str | torch.device = "cpu",
+    rounded: Mapping[str, Rounded] | None = None,
 ) -> list[str]:
     """Gives every parameter and buffer of `net` its published values, in `dtype`; returns the names that got none.
 
@@ -79,7 +81,8 @@ def fill(
 
     Strict: what is missing, unexpected or misshapen is a ValueError before anything is read, and `net` is as it was.
     Only names that match a pattern of `allow_fresh` may be missing; they are initialised. Tensors that `net` ties are
-    read once, and must be equal where `weights` hold several of them. `where` is named in errors.
+    read once, and must be equal where `weights` hold several of them. `where` is named in errors. `rounded`: by name,
+    what takes the place of a parameter and rounds its values as they are read.
     """
     own = net.state_dict(keep_vars=True)
     shapes = shapes_of(weights)
@@ -88,15 +91,24 @@ def fill(
     fresh = _lacking(own, chosen, allow_fresh)
     _check(net, own, shapes, rules, chosen, fresh, where)
     _check_kinds(own, getattr(weights, "dtypes", {}), chosen, where)
-    targets = _materialise(net, own, fresh, dtype, device)
+    reads, repeats = _plan(own, shapes, chosen)
+    instead = _instead(own, rounded or {}, reads, repeats, fresh)
+    targets = _materialise(net, own, fresh, dtype, device, instead)
     if fresh:
         _initialise(net, fresh, where)
-    reads, repeats = _plan(own, shapes, chosen)
     with torch.no_grad():
-        for _, ours, theirs in _pairs(weights, reads, targets):
-            ours.copy_(theirs)
-        for part, ours, theirs in _pairs(weights, repeats, targets):
-            if not torch.equal(ours, theirs.to(ours)):
+        for part, at, theirs in _pairs(weights, reads):
+            if isinstance(ours := targets[part.ours], Rounded):
+                ours.receive(*at, theirs)
+            else:
+                _place(ours, part, at).copy_(theirs)
+        for part, at, theirs in _pairs(weights, repeats):
+            if isinstance(ours := targets[part.ours], Rounded):
+                same = ours.equals(at[0], theirs)
+            else:
+                ours = _place(ours, part, at)
+                same = torch.equal(ours, theirs.to(ours))
+            if not same:
                 raise ValueError(f"{where}: {part.ours} is tied to another tensor here, and the two differ in the file")
     return fresh
 
@@ -223,14 +235,33 @@ def _misfit(rule: Rule, own: dict[str, Tensor], shapes: Mapping[str, tuple[int, 
     return [] if fits else [f"{rule.theirs[0]} is {shapes[rule.theirs[0]]} for {rule.ours[0]} {ours[0]}"]
 
 
+def _instead(
+    own: dict[str, Tensor],
+    rounded: Mapping[str, Rounded],
+    reads: dict[str, list[_Part]],
+    repeats: dict[str, list[_Part]],
+    fresh: list[str],
+) -> dict[int, Rounded]:
+    """What takes the place of which parameter: of one that is read, and read again to be compared, in rows, or is read
+    once. None where some are initialised, which would touch the others."""
+    told = {id(own[part.ours]) for parts in repeats.values() for part in parts if part.flat or part.transpose}
+    told |= {id(own[part.ours]) for parts in reads.values() for part in parts if part.flat}
+    return {} if fresh else {id(own[name]): one for name, one in rounded.items() if id(own[name]) not in told}
+
+
 def _materialise(
-    net: nn.Module, own: dict[str, Tensor], fresh: list[str], dtype: torch.dtype, device: str | torch.device
+    net: nn.Module,
+    own: dict[str, Tensor],
+    fresh: list[str],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    instead: dict[int, Rounded],
 ) -> dict[str, Tensor]:
     """New tensors in the place of the old, those that were one still one; by every name. Pages are taken when written.
 
     What is fresh and has values keeps them; what has none is not-a-number until it is initialised.
     """
-    made: dict[int, Tensor] = {}
+    made: dict[int, Tensor] = {**instead}
     for name, old in own.items():
         kind = dtype if old.is_floating_point() else old.dtype
         if id(old) not in made:
@@ -247,7 +278,7 @@ def _materialise(
         if name not in own:
             path, _, leaf = name.rpartition(".")
             setattr(net.get_submodule(path), leaf, table.to(device))
-    return {name: made[id(old)].detach() for name, old in own.items()}
+    return {name: instead.get(id(old), made[id(old)].detach()) for name, old in own.items()}
 
 
 def _initialise(net: nn.Module, fresh: list[str], where: str | Path) -> None:
@@ -288,23 +319,30 @@ def _plan(
 
 
 def _pairs(
-    weights: Mapping[str, Tensor], plan: dict[str, list[_Part]], targets: dict[str, Tensor]
-) -> Iterator[tuple[_Part, Tensor, Tensor]]:
-    """(part, the place among ours, what belongs there), a run of rows at a time."""
+    weights: Mapping[str, Tensor], plan: dict[str, list[_Part]]
+) -> Iterator[tuple[_Part, tuple[slice, slice], Tensor]]:
+    """(part, rows and columns among ours, what belongs there), a run of rows at a time."""
     for name, start, rows in _stream(weights, plan):
         for part in plan[name]:
-            ours = rowed(targets[part.ours])
             if part.flat:
                 size = rows[0].numel()
-                yield part, ours.view(-1)[start * size : (start + len(rows)) * size], rows.reshape(-1)
+                yield part, (slice(start * size, (start + len(rows)) * size), slice(None)), rows.reshape(-1)
             elif part.transpose:
-                place = _column(ours)[part.to : part.to + part.end - part.begin, start : start + len(rows)]
-                yield part, place, rows[:, part.begin : part.end].T
+                at = slice(part.to, part.to + part.end - part.begin), slice(start, start + len(rows))
+                yield part, at, rows[:, part.begin : part.end].T
             else:
                 low, high = max(part.begin, start), min(part.end, start + len(rows))
                 if low < high:
                     shift = part.to - part.begin
-                    yield part, ours[low + shift : high + shift], rows[low - start : high - start]
+                    yield part, (slice(low + shift, high + shift), slice(None)), rows[low - start : high - start]
+
+
+def _place(ours: Tensor, part: _Part, at: tuple[slice, slice]) -> Tensor:
+    """The place among ours that `_pairs` names."""
+    ours = rowed(ours)
+    if part.flat:
+        return ours.view(-1)[at[0]]
+    return _column(ours)[at] if part.transpose else ours[at[0]]
 
 
 def _column(tensor: Tensor) -> Tensor:
@@ -313,8 +351,8 @@ def _column(tensor: Tensor) -> Tensor:
 
 
 def _stream(weights: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str, int, Tensor]]:
-    """Runs of rows where the source has them (a GGUF file gives whole tensors)."""
-    if isinstance(weights, Weights):
+    """Runs of rows where the source has them, else whole tensors."""
+    if isinstance(weights, Streamed):
         yield from weights.stream(names)
     else:
         yield from ((name, 0, rowed(weights[name])) for name in names)

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,15 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WINDOW = 2**24  # bytes of a file that are mapped at once: mapped pages count as memory of this process
 SHARD = 2 * 2**30
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """Tensors that can be read a run of rows at a time."""
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, int, Tensor]]:
+        """(name, first row, rows) in the order of the file; rows hold until the next step."""
+        ...
 
 
 class Weights(Mapping[str, Tensor]):

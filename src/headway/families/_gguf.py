@@ -6,7 +6,7 @@ Format and keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,15 @@ class Renamed(Mapping[str, Tensor]):
         theirs = self._theirs[name]
         part = theirs.split(".")[-2] if "." in theirs else ""
         return unpermute(self._tensors[theirs], self._heads[part]) if part in self._heads else self._tensors[theirs]
+
+    def stream(self, names: Iterable[str]) -> Iterator[tuple[str, int, Tensor]]:
+        """(name, first row, rows), a few megabytes at a time; whole, where rows are to be put back in order."""
+        for name in names:
+            theirs = self._theirs[name]
+            if "." in theirs and theirs.split(".")[-2] in self._heads:
+                yield name, 0, self[name]
+            else:
+                yield from ((name, start, rows) for _, start, rows in self._tensors.stream([theirs]))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._theirs)
