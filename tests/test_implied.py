@@ -20,6 +20,7 @@ CASES: list[dict[str, Any]] = [
     {"name": "average"},
     {"name": "fourier"},
     *({"name": "linformer", "heads": 2, "rank": 4, "length": 9, "sharing": s} for s in ("none", "headwise")),
+    *({"name": "performer", "heads": 2, "features": 8, "kernel": kernel} for kernel in ("softmax", "relu")),
 ]  # fmt: skip
 CONVOLUTIONS: list[dict[str, Any]] = [
     {"name": "conv", "kernel": 3},

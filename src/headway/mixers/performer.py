@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from headway.attend import weights
 from headway.layers import residual_output
 from headway.mask import Mask
-from headway.mixers import Cost, Mixer
+from headway.mixers import Cost, Implied, Mixer, linear_map, without_padding
 from headway.positions import Positions, Rotary
 from headway.recurrence import flops, kept_bytes, recur
 from headway.spec import Size
@@ -122,6 +123,30 @@ class Performer(Mixer):
             q = self._heads(self.query(x))
             y = self._read(q, self._remembered(context, mask, state))
         return self.out(y.to(q.dtype).transpose(1, 2).flatten(2))
+
+    def implied(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        context: Float[Tensor, "B S C"] | None = None,
+        rows: slice | None = None,
+    ) -> Implied:
+        """The normalised products of features, beside the softmax that they estimate."""
+        self.require(mask, context=context)
+        x, run = x if context is not None else _cleared(x, mask), rows or slice(None)
+        q, (k, v) = self._heads(self.query(x)), self._keys_values(x if context is None else _cleared(context, mask))
+        if context is None:
+            q, k = self.positions.rotate(q, pos), self.positions.rotate(k, pos)
+            found = linear_map(lambda v: self._own(q, k, v, mask, None), v, q.shape[2], rows)
+            exact = weights(q[:, :, run], k, mask, q_pos=pos[:, run], k_pos=pos)
+        else:
+            found = linear_map(lambda v: self._read(q, self._summary(k, v, mask)), v, q.shape[2], rows)
+            exact = weights(q[:, :, run], k, mask)
+        found, exact = (without_padding(t, mask, context, rows) for t in (found, exact))
+        return Implied(found, v, lambda y: self.out(y.to(v.dtype).transpose(1, 2).flatten(2)),
+                       exact if self.kernel == "softmax" else None)  # fmt: skip
 
     def _own(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: State | None) -> Float[Tensor, "B H T D"]:
         if mask.causal:
