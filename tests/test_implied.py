@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from headway import mixers
+import headway.probe.look
+from headway import mixers, models
 from headway.mask import Mask
 from headway.mixers import Implied, Mixer
 from headway.positions import build_positions, positions_of
@@ -28,6 +31,20 @@ CONVOLUTIONS: list[dict[str, Any]] = [
     {"name": "conv", "kernel": 5, "depthwise": True},
     {"name": "conv", "kernel": 40, "depthwise": True, "decay": True},
 ]
+
+SHIFTING = """
+import torch
+from headway.mixers import Implied, Mixer
+
+class Shift(Mixer):
+    CAN = frozenset({"causal"})
+    def __init__(self, width, *, positions=None):
+        super().__init__()
+    def forward(self, x, *, mask, pos, state=None, context=None):
+        return torch.nn.functional.pad(x, (0, 0, 1, 0))[:, :-1]
+    def implied(self, x, *, mask, pos, context=None, rows=None):
+        return Implied(torch.ones(x.shape[1] - 1).diag(-1)[None, None], x[:, None], lambda y: y[:, 0])
+"""
 
 
 def label(named: dict[str, Any]) -> str:
@@ -137,3 +154,61 @@ def test_a_convolutions_map_is_the_size_of_its_own_derivative(named: dict[str, A
 
     derivative = torch.autograd.functional.jacobian(linear_part, torch.randn(LENGTH, WIDTH))  # T O S C
     torch.testing.assert_close(found.map[0, 0], derivative.permute(0, 2, 1, 3).flatten(2).norm(dim=-1))
+
+
+def stack(kind: str, *named: dict[str, Any]) -> Any:
+    blocks = [{"mixer": mixer} for mixer in named]
+    return models.build(
+        {"kind": kind, "width": WIDTH, "vocab": 20, "stack": {"positions": {"name": "none"}, "blocks": blocks}}
+    ).eval()
+
+
+def test_a_look_has_each_heads_map_row_by_row() -> None:
+    net = stack("encoder", {"name": "linformer", "heads": 2, "rank": 4, "length": 16}, {"name": "fourier"})
+    there = valid((9, 6), LENGTH, left=False)
+    one = headway.probe.look.look(net, torch.randint(0, 20, (ROWS, LENGTH)), valid=there)
+    for layer in range(2):
+        seen = one.at(layer)
+        whole = look(seen.mixer, seen.x, seen.mask, seen.pos).map
+        for row in range(ROWS):
+            found = one.implied(layer, 1, row=row)
+            torch.testing.assert_close(found.map, whole[row, 1])
+            assert found.exact is None and found.error is None
+            torch.testing.assert_close(one.implied(layer, 1, row=row, rows=slice(2, 4)).map, found.map[2:4])
+
+
+def test_more_features_come_nearer_to_the_softmax() -> None:
+    def error(features: int) -> float:
+        net = stack("decoder", {"name": "performer", "heads": 2, "features": features})
+        found = headway.probe.look.look(net, torch.arange(12)[None]).implied(0, 1)
+        assert found.exact is not None and found.error is not None
+        torch.testing.assert_close(found.map.sum(-1), torch.ones(12))
+        torch.testing.assert_close(found.exact.sum(-1), torch.ones(12))
+        return found.error
+
+    assert error(4096) < 0.25 * error(8)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "head", "row", "words"),
+    [
+        ({"name": "attention", "heads": 2}, 0, 0, "forms its weights: use look.map"),
+        ({"name": "rnn", "bidirectional": True}, 0, 0, "use look.influence"),
+        ({"name": "fourier"}, 2, 0, "no head 2 in layer 0, whose maps are 0 to 1"),
+        ({"name": "fourier"}, 0, 1, "no row 1; the rows of this batch are 0 to 0"),
+    ],
+)
+def test_what_has_no_such_map_is_told_in_a_line(mixer: dict[str, Any], head: int, row: int, words: str) -> None:
+    one = headway.probe.look.look(stack("encoder", mixer), torch.arange(5)[None])
+    with pytest.raises(ValueError) as error:
+        one.implied(0, head, row=row)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_mixer_of_ones_own_may_bring_its_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_mixers").mkdir()
+    (tmp_path / "my_mixers" / "shift.py").write_text(SHIFTING, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_mixers.shift")
+    one = headway.probe.look.look(stack("decoder", {"name": "my_mixers.shift"}), torch.arange(5)[None])
+    assert torch.equal(one.implied(0).map, torch.ones(4).diag(-1))

@@ -7,6 +7,7 @@ rollout and relevance are computed from that when they are asked for, in tiles, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from jaxtyping import Float
@@ -17,6 +18,10 @@ from headway.mask import Mask
 from headway.probe import maps
 from headway.probe.capture import Place, Seen, capture, refuse_nan
 from headway.probe.flow import rollout
+from headway.probe.implied import ImpliedMap, implied
+from headway.probe.influence import Influence, influence
+from headway.probe.intervene import Metric, Patched, ablate, importance, patch
+from headway.probe.lens import Lens, lens
 from headway.probe.patterns import Head, heads
 from headway.probe.reading import Reading, read
 from headway.probe.relevance import Target, relevance
@@ -128,26 +133,41 @@ class Look:
         """
         return relevance(self, target, at, row)
 
-    # --- what mixers without weights imply, influence, interventions: functions of the files named in the imports ---
+    # --- functions of files of their own, which say more ---
 
     def implied(
-        self, layer: int, head: int, *, stack: str | None = None, slot: str | None = None, row: int = 0, **how: Any
-    ) -> Any:
-        from headway.probe.implied import implied
+        self,
+        layer: int,
+        head: int = 0,
+        *,
+        stack: str | None = None,
+        slot: str | None = None,
+        row: int = 0,
+        rows: slice | None = None,
+    ) -> ImpliedMap:
+        """The map of a mixer that forms no weights, beside the softmax that it may come near."""
+        return implied(self, layer, head, stack=stack, slot=slot, row=row, rows=rows)
 
-        return implied(self, layer, head, stack=stack, slot=slot, row=row, **how)
+    def influence(self, layer: int | tuple[int, int] | None = None, **how: Any) -> Influence:
+        """The norms of d output_i / d input_j, of anything at all; see `headway.probe.influence` for `how`."""
+        return influence(self, layer, **how)
 
-    def influence(self, *asked: Any, **how: Any) -> Any:
-        from headway.probe.influence import influence
+    def ablate(
+        self, heads: Sequence[tuple[int, int]], *, scale: float = 0.0, stack: str | None = None, slot: str | None = None
+    ) -> AbstractContextManager[None]:
+        """Inside, these heads, (layer, head), are scaled in all that the model does; `rerun` tells what comes of it."""
+        return ablate(self, heads, scale=scale, stack=stack, slot=slot)
 
-        return influence(self, *asked, **how)
+    def importance(
+        self, metric: Metric, *, head: str | None = None, stack: str | None = None, slot: str | None = None
+    ) -> Float[Tensor, "L H"]:
+        """How much each head matters to a metric of yours (1905.10650)."""
+        return importance(self, metric, head=head, stack=stack, slot=slot)
 
-    def ablate(self, *asked: Any, **how: Any) -> Any:
-        from headway.probe.intervene import ablate
+    def patch(self, corrupted: Look, metric: Metric, *, head: str | None = None, stack: str | None = None) -> Patched:
+        """Which layer's state at which token, put in where another input runs, restores a metric of yours."""
+        return patch(self, corrupted, metric, head=head, stack=stack)
 
-        return ablate(self, *asked, **how)
-
-    def lens(self, *asked: Any, **how: Any) -> Any:
-        from headway.probe.lens import lens
-
-        return lens(self, *asked, **how)
+    def lens(self, *, head: str | None = None, stack: str | None = None) -> Lens:
+        """What the model would say if it stopped after each layer."""
+        return lens(self, head=head, stack=stack)
