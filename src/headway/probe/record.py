@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Integer
+from msgspec import to_builtins
 
 from headway.spec import Strict
 
@@ -29,7 +30,11 @@ class Side(Strict, frozen=True, kw_only=True):
 
 
 class Place(Strict, frozen=True, kw_only=True):
-    """One mixer of one layer: tokens of the side `rows` look at those of the side `columns`, once a head."""
+    """One mixer of one layer: tokens of the side `rows` look at those of the side `columns`, once a head.
+
+    What goes through all layers is a place of its own, with a note that says what it is. share: weights are shares of
+    a row, told in percent.
+    """
 
     stack: str
     layer: int
@@ -39,6 +44,7 @@ class Place(Strict, frozen=True, kw_only=True):
     rows: int = 0
     columns: int = 0
     note: str = ""
+    share: bool = True
 
 
 class Head(Strict, frozen=True, kw_only=True):
@@ -58,7 +64,7 @@ class Maps(Protocol):
         """All of them."""
 
     def top(self, place: int, head: int, k: int) -> tuple[Integer[Array, "T k"], Float[Array, "T k"]]:
-        """The `k` largest weights of each row, their columns and values, largest first."""
+        """The `k` weights of each row that are furthest from zero, their columns and values, largest first."""
 
     def blocks(self, place: int, head: int, size: int) -> Float[Array, "t s"]:
         """Means over `size` x `size` weights: t = ceil(T / size), s = ceil(S / size)."""
@@ -99,7 +105,7 @@ class Arrays:
 
     def top(self, place: int, head: int, k: int) -> tuple[Integer[Array, "T k"], Float[Array, "T k"]]:
         weights = self.places[place][head]
-        columns = np.argsort(-weights, axis=1, kind="stable")[:, :k]
+        columns = np.argsort(-np.abs(weights), axis=1, kind="stable")[:, :k]
         return columns, np.take_along_axis(weights, columns, 1)
 
     def blocks(self, place: int, head: int, size: int) -> Float[Array, "t s"]:
@@ -112,3 +118,24 @@ def block_means(weights: Float[Array, "T S"], size: int) -> Float[Array, "t s"]:
     sums = np.add.reduceat(np.add.reduceat(weights.astype(np.float64), rows, 0), columns, 1)
     heights, widths = (np.diff(np.append(starts, n)) for starts, n in zip((rows, columns), weights.shape, strict=True))
     return sums / np.outer(heights, widths)
+
+
+def figures(record: Record, k: int = 8) -> dict[str, Any]:
+    """The record in numbers, for JSON: what is known of each head, and of each row its `k` largest weights."""
+    heads, places = iter(record.heads), []
+    for number, place in enumerate(record.places):
+        _, columns = record.size(place)
+        told = []
+        for head in range(place.heads):
+            at, weights = record.maps.top(number, head, min(k, columns))
+            summary = to_builtins(next(heads))
+            told.append({**summary, "at": at.tolist(), "weights": np.round(weights.astype(float), 6).tolist()})
+        where = {
+            **to_builtins(place),
+            "rows": record.sides[place.rows].name,
+            "columns": record.sides[place.columns].name,
+        }
+        places.append({**where, "heads": told})
+    sides = [{"name": side.name, "tokens": side.tokens, "grid": side.grid} for side in record.sides]
+    return {"title": record.title, "model": record.model, "sides": sides, "places": places,
+            "definitions": record.definitions}  # fmt: skip

@@ -20,6 +20,9 @@ async function unpacked(id) {
   return new Response(stream).arrayBuffer();
 }
 
+// Two rows of tokens, of which one looks at the other.
+const isCross = (place) => place.rows !== place.columns;
+
 // The place, and the head in it, of a head counted through all places.
 function placed(index) {
   const place = record.places.findLast((one) => one.first <= index);
@@ -38,6 +41,7 @@ class Whole {
   constructor(index, buffer) {
     const { place } = placed(index);
     this.how = record.heads[index];
+    this.share = place.share;
     this.rows = tokensOf(place, 0).length;
     this.columns = tokensOf(place, 1).length;
     this.all = levels(buffer, 0, this.rows * this.columns, this.how.signed);
@@ -61,6 +65,7 @@ class Sparse {
   constructor(index, buffer) {
     const { place } = placed(index);
     const how = (this.how = record.heads[index]);
+    this.share = place.share;
     this.rows = tokensOf(place, 0).length;
     this.columns = tokensOf(place, 1).length;
     const [down, across] = [Math.ceil(this.rows / how.size), Math.ceil(this.columns / how.size)];
@@ -140,9 +145,13 @@ function strongest(found, k) {
 
 function percent(weight) {
   const size = Math.abs(weight) * 100;
+  if (size > 0 && size < 0.005) return "<0.01%";
   return `${(weight * 100).toFixed(size >= 9.95 ? 0 : size >= 0.995 ? 1 : 2)}%`;
 }
-const shownWeight = (map, level) => (map.how.signed || map.how.scale > 1.001 ? weightOf(map, level).toPrecision(3) : percent(weightOf(map, level)));
+const shownWeight = (map, level) => (map.how.signed || !map.share ? weightOf(map, level).toPrecision(3) : percent(weightOf(map, level)));
+
+// A token in few words: without the spaces around it.
+const shown = (token) => visible(token).trim() || visible(token);
 
 // A token as it can be seen: spaces and ends of lines have signs.
 function visible(token) {

@@ -93,7 +93,7 @@ class Column {
     for (let index = first; index < last; index++) {
       let option = this.options.get(index);
       if (!option) {
-        option = tokenOption(this.end, index, this.tokens);
+        option = tokenOption(this.end, index, this.tokens, shown);
         option.style.top = `${index * ROW}px`;
         this.options.set(index, option);
         this.box.append(option);
@@ -130,10 +130,10 @@ function tokenList(end, place, act, move) {
   return box;
 }
 
-function tokenOption(end, index, tokens) {
+function tokenOption(end, index, tokens, as = visible) {
   const option = el("span", { role: "option", id: `token-${end}-${index}`, "aria-setsize": tokens.length, "aria-posinset": index + 1 });
   option.dataset.index = index;
-  option.append(el("bdi", {}, visible(tokens[index])));
+  option.append(el("bdi", {}, as(tokens[index])));
   option.title = `token ${index}`;
   return option;
 }

@@ -1,6 +1,6 @@
 // Matrix: a row looks at its columns. It can be zoomed and moved; a sparse map shows block means until it is near enough.
 
-const LABELLED = 12, LARGEST_CELL = 34, MARGIN = 86;
+const LABELLED = 12, LARGEST_CELL = 34, LONGEST_LABEL = 84;
 
 class Matrix {
   constructor(box, map, place, act) {
@@ -22,7 +22,8 @@ class Matrix {
     const { rows, columns } = this.map;
     this.most = { width, height };
     const bare = Math.min((width - 2) / columns, (height - 2) / rows);
-    const labelled = Math.min((width - MARGIN) / columns, (height - MARGIN) / rows);
+    this.labels = this.tokens.map((tokens) => labelWidth(tokens));
+    const labelled = Math.min((width - this.labels[0]) / columns, (height - this.labels[1]) / rows);
     this.fit = Math.min(labelled >= LABELLED ? labelled : bare, LARGEST_CELL);
     Object.assign(this, { size: this.fit, left: 0, top: 0 });
     this.paint();
@@ -31,13 +32,17 @@ class Matrix {
 
   // By a factor, around a point of the canvas (its middle if none is given).
   zoom(factor, x = this.most.width / 2, y = this.most.height / 2) {
-    const { left, top, size, margin } = this;
-    const size2 = Math.min(Math.max(size * factor, this.fit), LARGEST_CELL);
-    const m2 = size2 >= LABELLED ? MARGIN : 1;
-    this.left = left + (x - margin) / size - (x - m2) / size2;
-    this.top = top + (y - margin) / size - (y - m2) / size2;
-    this.size = size2;
+    const [column, row] = [this.left + (x - this.side) / this.size, this.top + (y - this.head) / this.size];
+    this.size = Math.min(Math.max(this.size * factor, this.fit), LARGEST_CELL);
+    this.measure();
+    this.left = column - (x - this.side) / this.size;
+    this.top = row - (y - this.head) / this.size;
     this.redraw();
+  }
+
+  // Room for labels, where cells are large enough for them: `side` of those that look, `head` above those looked at.
+  measure() {
+    [this.side, this.head] = this.size >= LABELLED ? this.labels : [1, 1];
   }
 
   show({ current, found, chosen, follow }) {
@@ -49,7 +54,7 @@ class Matrix {
 
   // Moves so that a row and a column are in view.
   into(row, column) {
-    const { size, margin, most } = this, [across, down] = [(most.width - margin) / size, (most.height - margin) / size];
+    const { size, side, head, most } = this, [across, down] = [(most.width - side) / size, (most.height - head) / size];
     if (row !== null && (row < this.top || row + 1 > this.top + down)) this.top = row - down / 2;
     if (column !== null && (column < this.left || column + 1 > this.left + across)) this.left = column - across / 2;
   }
@@ -63,34 +68,34 @@ class Matrix {
   redraw() {
     if (this.dark !== isDark()) this.paint();
     const { map, size, most } = this;
-    this.margin = size >= LABELLED ? MARGIN : 1;
-    const { margin } = this;
-    const across = Math.min(map.columns, (most.width - margin) / size), down = Math.min(map.rows, (most.height - margin) / size);
+    this.measure();
+    const { side, head } = this;
+    const across = Math.min(map.columns, (most.width - side - 1) / size), down = Math.min(map.rows, (most.height - head - 1) / size);
     this.left = Math.min(Math.max(this.left, 0), map.columns - across);
     this.top = Math.min(Math.max(this.top, 0), map.rows - down);
     const width = across * size, height = down * size, { left, top } = this, block = map.picture.size;
-    const context = sharp(this.canvas, margin + width + 1, margin + height + 1);
+    const context = sharp(this.canvas, side + width + 1, head + height + 1);
     context.imageSmoothingEnabled = size * block < 1;
-    context.drawImage(this.image, left / block, top / block, across / block, down / block, margin, margin, width, height);
+    context.drawImage(this.image, left / block, top / block, across / block, down / block, side, head, width, height);
     context.save();
     context.beginPath();
-    context.rect(margin, margin, width, height);
+    context.rect(side, head, width, height);
     context.clip();
     if (map.sparse && size >= 2) this.drawKept(context);
-    if (this.place.slot === "cross" && size >= 8) this.drawAlignment(context);
+    if (isCross(this.place) && size >= 8) this.drawAlignment(context);
     this.drawCross(context, width, height);
     context.restore();
     context.strokeStyle = inkOf("--rule");
-    context.strokeRect(margin - 0.5, margin - 0.5, width + 1, height + 1);
-    if (margin > 1) this.drawLabels(context, across, down);
+    context.strokeRect(side - 0.5, head - 0.5, width + 1, height + 1);
+    if (side > 1) this.drawLabels(context, across, down);
     this.canvas.classList.toggle("moves", size > this.fit * 1.001);
   }
 
   x(column) {
-    return this.margin + (column - this.left) * this.size;
+    return this.side + (column - this.left) * this.size;
   }
   y(row) {
-    return this.margin + (row - this.top) * this.size;
+    return this.head + (row - this.top) * this.size;
   }
 
   drawKept(context) {
@@ -117,45 +122,44 @@ class Matrix {
   }
 
   drawCross(context, width, height) {
-    const { current, margin, size } = this;
+    const { current, side, head, size } = this;
     const row = this.cell?.row ?? (current && !current.end ? current.index : null);
     const column = this.cell?.column ?? (current?.end ? current.index : null);
     context.lineWidth = size < 4 ? 1 : 1.5;
     context.strokeStyle = inkOf("--m1");
     const space = size < 4 ? 2 : 0.5; // around, never over, what it points at
-    if (row !== null) context.strokeRect(margin - 9, this.y(row) - space, width + 18, size + 2 * space);
-    if (column !== null) context.strokeRect(this.x(column) - space, margin - 9, size + 2 * space, height + 18);
+    if (row !== null) context.strokeRect(side - 9, this.y(row) - space, width + 18, size + 2 * space);
+    if (column !== null) context.strokeRect(this.x(column) - space, head - 9, size + 2 * space, height + 18);
   }
 
   drawLabels(context, across, down) {
-    context.font = `12px ${getComputedStyle(document.body).fontFamily}`;
+    context.font = labelFont();
     context.textBaseline = "middle";
     const write = (end, from, count, put) => {
       for (let i = Math.floor(from); i < Math.min(this.tokens[end].length, Math.ceil(from + count)); i++) {
         const same = this.cell ? this.cell[end ? "column" : "row"] === i : this.current?.end === end && this.current.index === i;
         context.fillStyle = inkOf(same || this.found[end].has(i) ? "--accent" : "--ink");
-        const text = visible(this.tokens[end][i]).trim();
-        put(text.length > 12 ? `${text.slice(0, 11)}…` : text, i + 0.5);
+        put(labelOf(this.tokens[end][i]), i + 0.5);
       }
     };
     context.textAlign = "right";
-    write(0, this.top, down, (text, at) => this.y(at) >= MARGIN && context.fillText(text, MARGIN - 6, this.y(at), MARGIN - 8));
+    write(0, this.top, down, (text, at) => this.y(at) >= this.head && context.fillText(text, this.side - 6, this.y(at), this.side - 8));
     context.textAlign = "left";
     write(1, this.left, across, (text, at) => {
-      if (this.x(at) < MARGIN) return;
+      if (this.x(at) < this.side) return;
       context.save();
-      context.translate(this.x(at), MARGIN - 6);
+      context.translate(this.x(at), this.head - 6);
       context.rotate(-Math.PI / 2);
-      context.fillText(text, 0, 0, MARGIN - 8);
+      context.fillText(text, 0, 0, this.head - 8);
       context.restore();
     });
   }
 
   at(event) {
     const box = this.canvas.getBoundingClientRect();
-    const column = Math.floor((event.clientX - box.left - this.margin) / this.size + this.left);
-    const row = Math.floor((event.clientY - box.top - this.margin) / this.size + this.top);
-    const inside = event.clientX >= box.left + this.margin && event.clientY >= box.top + this.margin;
+    const column = Math.floor((event.clientX - box.left - this.side) / this.size + this.left);
+    const row = Math.floor((event.clientY - box.top - this.head) / this.size + this.top);
+    const inside = event.clientX >= box.left + this.side && event.clientY >= box.top + this.head;
     return inside && row >= 0 && column >= 0 && row < this.map.rows && column < this.map.columns ? { row, column } : null;
   }
 
@@ -165,7 +169,7 @@ class Matrix {
     const level = this.map.row(cell.row)[cell.column];
     const unknown = this.map.sparse && !level;
     const weight = unknown ? "not among its largest" : shownWeight(this.map, level);
-    this.readout.textContent = `${visible(this.tokens[0][cell.row]).trim()} (${cell.row}) → ${visible(this.tokens[1][cell.column]).trim()} (${cell.column}): ${weight}`;
+    this.readout.textContent = `${shown(this.tokens[0][cell.row])} (${cell.row}) → ${shown(this.tokens[1][cell.column])} (${cell.column}): ${weight}`;
   }
 
   listen() {
@@ -222,4 +226,13 @@ class Matrix {
     } else return;
     event.preventDefault();
   }
+}
+
+const labelFont = () => `12px ${getComputedStyle(document.body).fontFamily}`;
+const labelOf = (token) => (shown(token).length > 12 ? `${shown(token).slice(0, 11)}…` : shown(token));
+
+function labelWidth(tokens) {
+  const context = document.createElement("canvas").getContext("2d");
+  context.font = labelFont();
+  return Math.min(LONGEST_LABEL, Math.ceil(tokens.reduce((most, token) => Math.max(most, context.measureText(labelOf(token)).width), 0)) + 12);
 }

@@ -26,7 +26,7 @@ const act = {
 };
 
 const here = () => placed(state.index);
-const isOwn = () => here().place.rows === here().place.columns;
+const isOwn = () => !isCross(here().place);
 
 // --- Showing
 
@@ -48,7 +48,7 @@ function build() {
   search(false);
   $("headline").textContent = headName(state.index).replace(/^./, (letter) => letter.toUpperCase());
   $("about").replaceChildren(...about(place, heads[state.index]));
-  $("lines-name").textContent = place.slot === "cross" ? "Alignment" : "Lines";
+  $("lines-name").textContent = isCross(place) ? "Alignment" : "Lines";
   $("text-name").textContent = sides.some((side) => side.grid) ? "Picture" : "Text";
   $("direction").hidden = !(state.view === "text" && isOwn());
   for (const [name, value] of [["view", state.view], ["end", String(state.end)]])
@@ -62,7 +62,7 @@ function build() {
 }
 
 function about(place, { pattern, score, entropy, distance }) {
-  const words = [`Mixer: ${place.mixer}. `];
+  const words = [place.note ? `${place.note}. ` : `Mixer: ${place.mixer}. `];
   if (pattern) words.push(el("strong", {}, `${pattern} ${figure(score, 2)}`), record.definitions[pattern] ? `: ${record.definitions[pattern]}. ` : ". ");
   if (entropy !== null) words.push(`Entropy ${entropy.toFixed(2)} nats. `);
   if (distance !== null) words.push(`Looks ${distance.toFixed(1)} tokens away on average.`);
@@ -76,7 +76,7 @@ function show(follow = false) {
   view.show({ current, chosen: state.chosen, levels, found: found(), follow });
   $("hint").textContent = hint(current);
   if (!current) return void $("details").replaceChildren(el("p", { class: "note" }, "Point at a token, or choose one, to see where it looks and who looks at it."));
-  const name = el("p", { class: "chosen" }, el("bdi", {}, visible(tokensOf(place, current.end)[current.index])), ` token ${current.index}`);
+  const name = el("p", { class: "chosen" }, el("bdi", {}, shown(tokensOf(place, current.end)[current.index])), ` token ${current.index}`);
   const other = { end: 1 - current.end, index: current.index };
   const lists = isOwn() && map.rows === map.columns ? [current.end ? other : current, current.end ? current : other] : [current];
   const title = (end) => (end ? "Who looks at it" : "Where it looks") + (end && map.sparse ? ", as far as kept" : "");
@@ -85,7 +85,7 @@ function show(follow = false) {
 
 function hint(current) {
   if (state.view === "lines") return current ? `At most ${LINES_OF_A_CHOICE} lines; shading shows every weight.` : `The ${map.largest(LINES_OF_A_ROW).k} largest weights of each row.`;
-  if (state.view === "matrix") return "Rows look, columns are looked at. Arrow keys move, + and − zoom; drag to move about." + (here().place.slot === "cross" && map.rows * map.columns < 10000 ? " Rings mark the largest of each row." : "");
+  if (state.view === "matrix") return "Rows look, columns are looked at. Arrow keys move, + and − zoom; drag to move about." + (isCross(here().place) && map.rows * map.columns < 10000 ? " Rings mark the largest of each row." : "");
   if (current) return "";
   return "Shaded by how much each is looked at on average; scaled to the most.";
 }
@@ -102,17 +102,18 @@ function legend() {
 function buildHeads(thumbs) {
   const groups = Map.groupBy(record.places, (place) => `${place.stack} ${place.slot}`);
   for (const [, places] of groups) {
-    const title = [places[0].stack, places[0].slot === "cross" ? "cross-attention" : ""].filter(Boolean).join(", ");
+    const title = [several("stack") ? places[0].stack : "", slotName(places[0])].filter(Boolean).join(", ") || "layers";
     const most = Math.max(...places.map((place) => place.heads));
     const rows = places.map((place) => {
-      const label = place.note && places.length === 1 ? place.note : String(place.layer);
+      const label = place.slot.match(/^(rollout|relevance)/) ? "all" : String(place.layer);
       const cells = Array.from({ length: place.heads }, (_, head) => headCell(place.first + head));
       const row = el("div", { role: "row" }, el("span", { role: "rowheader" }, el("span", { class: "hidden" }, "layer "), label), ...cells);
-      row.style.gridTemplateColumns = `1.6rem repeat(${most}, minmax(20px, 44px))`;
+      row.style.gridTemplateColumns = `1.6rem repeat(${most}, minmax(20px, 52px))`;
       return row;
     });
     const grid = el("div", { role: "grid", "aria-label": `Heads: ${title}`, "aria-describedby": "choose-help", onkeydown: moveHead, onclick: pickHead }, ...rows);
-    $("heads").append(...(groups.size > 1 ? [el("h3", {}, title)] : []), el("div", { class: "scroll" }, grid));
+    const single = places.length === 1 && most === 1;
+    $("heads").append(el("div", { class: single ? "group single" : "group" }, ...(groups.size > 1 ? [el("h3", {}, title)] : []), el("div", { class: "scroll" }, grid)));
   }
   $("heads").append(patterns());
   paintHeads(thumbs);
@@ -243,8 +244,8 @@ function nextTheme() {
 }
 
 async function start() {
-  const sizes = record.sides.map((side) => `${side.tokens.length.toLocaleString("en")} ${side.grid ? "patches and marks" : "tokens"} (${side.name})`);
-  $("what").textContent = `${sizes.join(" and ")}, ${headsInAll} heads in ${record.places.length} places.`;
+  const sizes = record.sides.map(({ name, tokens, grid }) => `${name}: ${tokens.length.toLocaleString("en")} ${grid ? "patches and marks" : tokens.length === 1 ? "token" : "tokens"}`);
+  $("what").textContent = `${sizes.join("; ")}. ${headsInAll} map${headsInAll === 1 ? "" : "s"}.`;
   const thumbs = new Uint8Array(await unpacked("thumbs"));
   buildHeads(thumbs);
   const recolour = () => (paintHeads(thumbs), map && (legend(), view.redraw(), show()));

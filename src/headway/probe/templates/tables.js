@@ -8,7 +8,7 @@ function bars(map, place, chosen, levels, title, act) {
   const items = strongest(levels, 8).map(({ index, level, size }) => {
     const bar = el("i");
     bar.style.width = `${(size / 255) ** 2 * 100}%`;
-    const item = el("li", { "data-index": index }, el("bdi", {}, visible(tokens[index])), el("small", {}, `${index}`),
+    const item = el("li", { "data-index": index }, el("bdi", {}, shown(tokens[index])), el("small", {}, `${index}`),
       el("b", {}, shownWeight(map, level)), el("span", { class: "track", "aria-hidden": "true" }, bar));
     item.addEventListener("click", () => act.choose({ end, index }));
     return item;
@@ -18,9 +18,9 @@ function bars(map, place, chosen, levels, title, act) {
 
 function sentence(map, place, chosen, levels) {
   const tokens = tokensOf(place, chosen.end ? 0 : 1);
-  const list = strongest(levels, 3).map(({ index, level }) => `${visible(tokens[index]).trim()} (${index}) ${shownWeight(map, level)}`);
+  const list = strongest(levels, 3).map(({ index, level }) => `${shown(tokens[index])} (${index}) ${shownWeight(map, level)}`);
   const verb = chosen.end ? "is looked at most by" : "looks most at";
-  return `${visible(tokensOf(place, chosen.end)[chosen.index]).trim()} (${chosen.index}) ${verb} ${list.join(", ") || "no token"}`;
+  return `${shown(tokensOf(place, chosen.end)[chosen.index])} (${chosen.index}) ${verb} ${list.join(", ") || "no token"}`;
 }
 
 function table(caption, head, rows) {
@@ -36,9 +36,9 @@ function weightTable(box, map, place, from = 0) {
   for (let i = from; i < to; i++) {
     const cells = Array.from({ length: columns }, (_, n) => {
       const level = values[i * k + n], j = at[i * k + n];
-      return level ? el("td", {}, el("bdi", {}, visible(looked[j])), ` ${shownWeight(map, level)}`, el("small", {}, `token ${j}`)) : el("td", {}, "–");
+      return level ? el("td", {}, el("bdi", {}, shown(looked[j])), ` ${shownWeight(map, level)}`, el("small", {}, `token ${j}`)) : el("td", {}, "–");
     });
-    rows.push(el("tr", {}, el("th", { scope: "row" }, el("bdi", {}, visible(looking[i])), el("small", {}, `token ${i}`)), ...cells));
+    rows.push(el("tr", {}, el("th", { scope: "row" }, el("bdi", {}, shown(looking[i])), el("small", {}, `token ${i}`)), ...cells));
   }
   const names = ["Token", ...["Looks most at", "second", "third", "fourth", "fifth"].slice(0, columns)];
   const turn = (name, start) => el("button", { type: "button", disabled: start < 0 || start >= map.rows, onclick: () => weightTable(box, map, place, start) }, name);
@@ -48,13 +48,14 @@ function weightTable(box, map, place, from = 0) {
 
 function headName(index) {
   const { place, head } = placed(index);
-  return `${placeName(place)}, head ${head}`;
+  return place.note && place.heads === 1 ? placeName(place) : `${placeName(place)}, head ${head}`;
 }
 
 const several = (key) => new Set(record.places.map((place) => place[key])).size > 1;
+const slotName = ({ slot }) => ({ self: "", cross: "cross-attention" })[slot] ?? slot;
 function placeName(place) {
-  const parts = [several("stack") ? place.stack : "", place.slot === "cross" ? "cross-attention" : "", `layer ${place.layer}`].filter(Boolean);
-  return parts.join(" ") + (place.note ? ` (${place.note})` : "");
+  const among = record.places.filter((one) => one.stack === place.stack && one.slot === place.slot).length;
+  return [several("stack") ? place.stack : "", slotName(place), !place.note || among > 1 ? `layer ${place.layer}` : ""].filter(Boolean).join(" ");
 }
 
 const figure = (value, digits) => (value === null ? "–" : value.toFixed(digits));
@@ -90,7 +91,7 @@ function meaning(box, map) {
     ? `This text is long, so of each row the ${map.how.k} largest weights are kept, and of the map the means over ${map.how.size} × ${map.how.size} weights. Who looks at a token is told as far as it is among those.`
     : "Every weight is kept.";
   box.replaceChildren(
-    el("p", {}, `${kept} A weight is kept as its square root in ${levels} steps up to the head's largest, ${shownWeight(map, 255)}: it is off by at most ${map.how.signed ? step.toPrecision(2) : percent(step)}, small ones by much less. Colours follow the same root, so small weights show. Thumbnails are means over at most 32 × 32 blocks, scaled to the largest of each.`),
+    el("p", {}, `${kept} A weight is kept as its square root in ${levels} steps up to the head's largest, ${shownWeight(map, 255)}: it is off by at most ${map.how.signed || !map.share ? step.toPrecision(2) : percent(step)}, small ones by much less. Colours follow the same root, so small weights show. Thumbnails are means over at most 32 × 32 blocks, scaled to the largest of each.`),
     ...(parts.length ? [el("dl", {}, ...parts)] : []),
   );
 }

@@ -3,7 +3,7 @@
 class Text {
   constructor(box, map, place, act) {
     Object.assign(this, { map, place, act });
-    this.own = place.rows === place.columns; // one row of tokens looks at itself
+    this.own = !isCross(place); // one row of tokens looks at itself
     const ends = this.own ? [act.end()] : [0, 1];
     this.lists = ends.map((end) => {
       const side = record.sides[end ? place.columns : place.rows];
