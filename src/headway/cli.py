@@ -6,6 +6,7 @@ PyTorch loads inside the commands, so that `headway --help` answers at once.
 from __future__ import annotations
 
 import importlib
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -77,6 +78,8 @@ def train(
     folder = out or Path("runs") / chosen.name
     again = _command("train", recipe, set, out, plugin)
     result = _watched(headway.train, recipe, out, resume, overwrite, set, again)
+    if _silent():
+        return
     summary([result], chosen.data.source == "cmudict")
     typer.echo(f"\nUse it: headway run {folder} {_example(chosen.data.source)}")
 
@@ -182,16 +185,16 @@ def _watched(
     """Runs `headway.train` or `headway.compare` under live bars; `again` is the command that resumes it."""
     from headway.display import Live
 
+    chosen = {"out": out, "overrides": set or [], "resume": resume, "overwrite": overwrite}
+    if _silent():
+        return action(recipe, **chosen)
     with Live() as live, _resumable(again):
-        return action(
-            recipe,
-            out=out,
-            overrides=set or [],
-            resume=resume,
-            overwrite=overwrite,
-            watch=live.watch,
-            note=live.note,
-        )
+        return action(recipe, **chosen, watch=live.watch, note=live.note)
+
+
+def _silent() -> bool:
+    """Whether this is one of several processes that torchrun started, and not the one that speaks for them."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 @contextmanager
@@ -279,7 +282,8 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        typer.echo(f"headway: {error}", err=True)
+        if not _silent():
+            typer.echo(f"headway: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("headway: stopped", err=True)

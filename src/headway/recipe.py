@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta
 
 from headway.data.sources import DataSpec
@@ -61,8 +62,9 @@ class OptimizerSpec(Strict, frozen=True):
     """adamw (1711.05101), or muon: orthogonalised momentum for the matrices inside the blocks, AdamW for the rest.
 
     lr: of AdamW. matrix_lr: of Muon, unused by adamw. weight_decay: of matrices, times the rate. warmup: steps to full
-    rate. decay: the last share of the budget over which the rate falls to zero, linearly (1: all of it). clip: largest
-    norm of the gradient.
+    rate. schedule: how the rate falls to zero (`train/schedule.py`); decay: over which last share of the budget, by
+    default all of it (wsd: a fifth). clip: largest norm of the gradient. ema: the share that the moving average of the
+    weights keeps of itself at a step (0.999); with it, the average is what is evaluated and kept (0: no average).
     """
 
     name: Literal["adamw", "muon"] = "muon"
@@ -72,7 +74,15 @@ class OptimizerSpec(Strict, frozen=True):
     weight_decay: Annotated[float, Meta(ge=0)] = 0.01
     clip: Above0 = 1.0
     warmup: Annotated[int, Meta(ge=0)] = 100
-    decay: Share = 1.0
+    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    decay: Share | None = None
+    ema: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+
+    def __post_init__(self) -> None:
+        share = {"wsd": 0.2, "constant": 0.0}.get(self.schedule, 1.0) if self.decay is None else self.decay
+        if self.schedule == "constant" and share:
+            raise ValueError(f"schedule constant never falls, and decay is {share}: leave decay out, or take linear")
+        msgspec.structs.force_setattr(self, "decay", share)
 
 
 class Entry(Strict, frozen=True):
@@ -88,7 +98,13 @@ class Recipe(Strict, frozen=True):
     """Everything a run depends on. `max_tokens` is the longest input or target, in tokens, that the model takes.
 
     `model` is a spec, or {load: FOLDER, heads: {...}} for a checkpoint to go on from. A step takes `accumulate`
-    batches of at most `batch_tokens`, over all ranks together; `workers` processes make them ahead of time.
+    batches of at most `batch_tokens`, over all ranks together; `workers` processes make them ahead of time. `parallel`:
+    how the ranks that torchrun starts share the model, whole on each ("ddp") or cut ("fsdp").
+
+    `precision`: "bf16" computes in it where that is safe (autocast), "pure-bf16" throughout, with weights in fp32 beside
+    (1710.03740). `activation_checkpointing` runs each block again on the way back instead of keeping what it computed;
+    `compile` has torch.compile make kernels of each block. `spike`: training stops at a loss that many standard
+    deviations above its running mean (0: only where it is no number). `keep`: checkpoints, each with the best weights.
 
     Test inputs are answered with `beams`, which compete by log-probability over length^`penalty`.
     """
@@ -105,11 +121,16 @@ class Recipe(Strict, frozen=True):
     batch_tokens: Positive = 4096
     accumulate: Positive = 1
     workers: Annotated[int, Meta(ge=0, le=64)] = 0
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     max_tokens: Annotated[int, Meta(ge=1, le=2**16)] = 64
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "pure-bf16"] = "auto"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    spike: Annotated[float, Meta(ge=0)] = 0.0
     seed: Annotated[int, Meta(ge=0, lt=2**23)] = 0
     evaluations: Positive = 20
     checkpoint_seconds: float = 30.0
+    keep: Positive = 2
     beams: Positive = 1
     penalty: Annotated[float, Meta(ge=0)] = 1.0
     test_limit: Positive | None = None

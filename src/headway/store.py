@@ -11,12 +11,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -58,9 +58,7 @@ def read_folder(
     tensors: dict[str, Any] = {}
     records: dict[str, Any] = {}
     for name, expected in read_json(folder / MANIFEST, dict).items():
-        file = folder / name
-        if file.name != name or file.suffix not in (".json", ".safetensors"):
-            raise ValueError(f"{folder / MANIFEST}: {name!r} is no file of such a folder; do not use it")
+        file = _file_of(folder, name)
         with _reading(file):
             if _sha256(file) != expected:
                 raise ValueError("its contents changed since it was written")
@@ -71,6 +69,35 @@ def read_folder(
         if file.suffix == ".json":
             records[file.stem] = read_json(file, object)
     return tensors, records
+
+
+def verify_folder(folder: Path) -> int:
+    """Proves that a folder is as it was written, without loading it: every byte by its sum, and no file besides. Returns
+    its bytes; a ValueError names the file that is at fault."""
+    sums, size = read_json(folder / MANIFEST, dict), 0
+    for name in sorted(path.name for path in folder.iterdir()):
+        if name not in sums and name != MANIFEST:
+            raise ValueError(f"{folder / name}: is not in the manifest; remove it if you put it there")
+    for name, expected in sums.items():
+        file = _file_of(folder, name)
+        with _reading(file):
+            if _sha256(file) != expected:
+                raise ValueError("its contents changed since it was written")
+            size += file.stat().st_size
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):  # reads the header
+                    pass
+        if file.suffix == ".json":
+            read_json(file, object)
+    return size
+
+
+def _file_of(folder: Path, name: Any) -> Path:
+    """A file that a manifest names; none outside its folder."""
+    file = folder / str(name)
+    if file.name != name or file.suffix not in (".json", ".safetensors"):
+        raise ValueError(f"{folder / MANIFEST}: {name!r} is no file of such a folder; do not use it")
+    return file
 
 
 def read_json(file: Path, kind: type) -> Any:
@@ -103,6 +130,26 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         fresh.unlink(missing_ok=True)
         raise ValueError(f"{path}: cannot write ({error}); what was there before is untouched") from error
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Adds whole lines to a file, down to the disk."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot write ({error}); make room, and go on with --resume") from error
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a crash left unfinished in a folder."""
+    for part in folder.glob(".*.part"):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def restore_model(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:

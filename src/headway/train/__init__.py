@@ -19,6 +19,7 @@ from headway.train.data import Prepared, prepare
 from headway.train.loop import Interrupted, Status, Trainer
 from headway.train.network import network, spec_of
 from headway.train.optim import build_optimizers
+from headway.train.ranks import Ranks
 
 __all__ = ["Interrupted", "Status", "check_run", "open_run", "rehearse", "run_entry", "train"]
 
@@ -44,13 +45,27 @@ def train(
         raise ValueError(f"recipe {read.name} has several models: use headway compare, or set `model`")
     folder = Path(out or Path("runs") / safe_name(read.name))
     check_run(folder, read, resume=resume, overwrite=overwrite)
-    note(f"reading {read.data.source} and training its tokenizers")
-    entry, prepared = Entry(model=read.model), prepare(read)
-    for line in prepared.splits.notes:
-        note(line)
-    rehearse(read, entry, prepared)
-    open_run(folder, read, overwrite=overwrite)
-    return run_entry(read, "model", entry, prepared, folder, resume=resume, watch=watch)
+    with Ranks() as ranks:
+        _check_ranks(read, ranks.size)
+        note(f"reading {read.data.source} and training its tokenizers")
+        entry, prepared = Entry(model=read.model), prepare(read)
+        for line in prepared.splits.notes:
+            note(line)
+        rehearse(read, entry, prepared)
+        ranks.wait()  # until all have seen the folder as it was
+        if ranks.first:
+            open_run(folder, read, overwrite=overwrite)
+        ranks.wait()
+        return run_entry(read, "model", entry, prepared, folder, resume=resume, watch=watch, ranks=ranks)
+
+
+def _check_ranks(recipe: Recipe, ranks: int) -> None:
+    if recipe.accumulate % ranks:
+        more = -(-recipe.accumulate // ranks) * ranks
+        raise ValueError(
+            f"a step takes accumulate={recipe.accumulate} batches over all ranks, which {ranks} ranks cannot share "
+            f"evenly: set accumulate={more} (and lower batch_tokens in proportion for the same training)"
+        )
 
 
 def check_run(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
@@ -101,6 +116,7 @@ def run_entry(
     resume: bool = False,
     watch: Watch = lambda name, status: None,
     after: Callable[[Loaded, list[Any]], dict[str, Any]] = lambda model, scored: {},
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Trains and tests one model; `after` may add to the result. A finished one is not trained again on resume."""
     done = folder / "result.json"
@@ -108,8 +124,15 @@ def run_entry(
         return read_json(done, dict)
     folder.mkdir(parents=True, exist_ok=True)
     peak = Peak()
+    ranks = ranks or Ranks()
     trainer = Trainer(
-        recipe, entry.model, entry.optimizer or recipe.optimizer, prepared, folder, lambda status: watch(name, status)
+        recipe,
+        entry.model,
+        entry.optimizer or recipe.optimizer,
+        prepared,
+        folder,
+        lambda status: watch(name, status),
+        ranks,
     )
     if resume:
         trainer.resume()
@@ -117,6 +140,9 @@ def run_entry(
     memory = peak.bytes
     valid_loss = trainer.valid_loss(prepared.valid)
     model.net.eval()
+    if not ranks.first:
+        ranks.wait()
+        return read_json(done, dict)
     held_out = prepared.splits.test or prepared.splits.valid
     metrics, scored = prepared.objective.score(model, held_out, prepared.tools, recipe)
     progress = trainer.progress
@@ -141,4 +167,5 @@ def run_entry(
     }
     model.save(folder / "model")
     write_text(done, json.dumps(result, indent=1))
+    ranks.wait()
     return result

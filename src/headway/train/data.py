@@ -49,7 +49,9 @@ def prepare(recipe: Recipe) -> Prepared:
         (recipe.tokenizers.input, recipe.tokenizers.target),
         max_tokens=recipe.max_tokens,
         start=start,
+        lender=objective.lender(),
     )
+    objective.ready(tools)
     encode = partial(_encode, recipe, splits, objective, tools)
     train, valid = encode(splits.train), encode(splits.valid)
     encode(splits.test)  # a row that does not fit is refused before training
@@ -72,9 +74,11 @@ def prepare(recipe: Recipe) -> Prepared:
     )
 
 
-def all_of(order: Order) -> Iterator[Any]:
-    """Every batch of held-out examples once, the same at every call."""
-    return (order.batch(i) for i in range(len(order)))
+def all_of(order: Order, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Any, bool]]:
+    """This rank's share of the batches of held-out examples, the same at every call. Ranks that share a model take
+    equally many: where they do not divide, some get the last one once more, and are told that it does not count."""
+    for first in range(0, len(order), ranks):
+        yield order.batch(min(first + rank, len(order) - 1)), first + rank < len(order)
 
 
 def _start(recipe: Recipe) -> hub.Loaded | None:

@@ -26,11 +26,12 @@ from headway.data.batches import Order
 from headway.data.loader import Stream
 from headway.hub import Loaded
 from headway.recipe import OptimizerSpec, Recipe
-from headway.store import read_folder, restore_model, write_folder
+from headway.store import check_fit, read_folder, write_folder
 from headway.train import checkpoint
 from headway.train.data import Prepared, all_of
 from headway.train.network import network, spec_of
 from headway.train.optim import build_optimizers, set_rate
+from headway.train.ranks import Ranks, like, restore, whole
 
 KEPT = 2  # checkpoints
 
@@ -77,13 +78,17 @@ class Trainer:
         prepared: Prepared,
         folder: Path,
         watch: Callable[[Status], None] = lambda status: None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.recipe, self.prepared, self.folder, self.watch = recipe, prepared, folder, watch
+        self.ranks = ranks or Ranks()
+        self.parts = recipe.accumulate // self.ranks.size  # micro-batches that this rank takes in a step
         self.objective = prepared.objective
         self.spec = spec_of(model, prepared)
         torch.manual_seed(recipe.seed)
-        self.device = machine.device()
+        self.device = self.ranks.device
         self.model = network(self.spec, prepared.tools).to(self.device)
+        self.ranks.spread(self.model, recipe.parallel)
         self.optimizer = optimizer
         self.optimizers = build_optimizers(self.model, optimizer)
         self.best: dict[str, Tensor] = {}
@@ -102,43 +107,58 @@ class Trainer:
                 if self._fraction() >= self.progress.evaluations / self.recipe.evaluations:
                     self._evaluate()
                 self.watch(self._status())
-                if asked:
+                late = time.monotonic() - saved > self.recipe.checkpoint_seconds
+                stop, terminated, due = self.ranks.sum(bool(asked), asked[:1] == [signal.SIGTERM], late)
+                if stop:
                     self.save()
-                    raise Interrupted(asked[0] == signal.SIGTERM)
-                if time.monotonic() - saved > self.recipe.checkpoint_seconds:
+                    raise Interrupted(bool(terminated))
+                if due:
                     self.save()
                     saved = time.monotonic()
             if self.progress.curve[-1]["step"] != self.progress.step:
                 self._evaluate()
             self.save()
+        return self.objective.loaded(self._best(), self.spec, self.prepared.tools)
+
+    def _best(self) -> nn.Module:
+        """The network with its best weights; a whole one, where ranks share it."""
         self.model.load_state_dict(self.best)
-        return self.objective.loaded(self.model, self.spec, self.prepared.tools)
+        if self.ranks.size == 1:
+            return self.model
+        net, best = network(self.spec, self.prepared.tools).to(self.device), whole(self.best)
+        net.load_state_dict(best)
+        return net
 
     def _stream(self) -> Stream:
-        """The batches from this step on; a step takes `accumulate` of them."""
-        return Stream(self.prepared.batches, self.progress.step * self.recipe.accumulate, self.recipe.workers)
+        """The batches from this step on; a step takes `accumulate` of them, dealt out to the ranks in turn."""
+        first = self.progress.step * self.recipe.accumulate + self.ranks.rank
+        return Stream(self.prepared.batches, first, self.recipe.workers, self.ranks.size)
 
     def _step(self) -> None:
         began = time.perf_counter()
         progress, step = self.progress, self.progress.step
-        batches = [next(self.stream).to(self.device) for _ in range(self.recipe.accumulate)]
+        batches = [next(self.stream).to(self.device) for _ in range(self.parts)]
         set_rate(self.optimizers, self.optimizer, step, self._fraction())
-        targets = sum(batch.targets for batch in batches)
-        plain, count = self.objective.backward(self.model, batches, targets, self._scope)
+        targets, tokens = self.ranks.sum(sum(b.targets for b in batches), sum(b.tokens for b in batches))
+        # gradients are averaged over the ranks, and shall be summed
+        sums = self.objective.backward(self.model, batches, targets / self.ranks.size, self._scope)
+        plain, count = self.ranks.sum(*sums)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer.clip)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         value = self._finite(plain / count, "loss")
         self.loss = value if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * value
-        progress.step, progress.tokens = step + 1, progress.tokens + sum(b.tokens for b in batches)
-        progress.seconds += time.perf_counter() - began
+        progress.step, progress.tokens = step + 1, progress.tokens + int(tokens)
+        progress.seconds = self.ranks.firsts(progress.seconds + time.perf_counter() - began)
         self.log.append(json.dumps({"step": step, "loss": value, "seconds": round(progress.seconds, 3)}))
 
     @contextmanager
     def _scope(self, part: int) -> Iterator[None]:
         """Micro-batch `part` of this step: its own dropout, and the precision."""
-        torch.manual_seed((self.recipe.seed << 40) + self.progress.step * self.recipe.accumulate + part)
+        number = self.progress.step * self.recipe.accumulate + part * self.ranks.size + self.ranks.rank
+        torch.manual_seed((self.recipe.seed << 40) + number)
+        self.ranks.hold_gradients(self.model, part + 1 < self.parts)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             yield
 
@@ -182,12 +202,27 @@ class Trainer:
     def valid_loss(self, batches: Order) -> float:
         """Nats a target, without smoothing or dropout."""
         self.model.eval()
-        losses = [self.objective(self.model, batch.to(self.device)) for batch in all_of(batches)]
+        plain, count = 0.0, 0.0
+        for batch, counts in all_of(batches, self.ranks.rank, self.ranks.size):
+            loss = self.objective(self.model, batch.to(self.device))
+            if counts:
+                plain, count = plain + float(loss.plain), count + loss.tokens
         self.model.train()
-        return sum(float(loss.plain) for loss in losses) / max(1, sum(loss.tokens for loss in losses))
+        plain, count = self.ranks.sum(plain, count)
+        return plain / max(1, count)
 
     def save(self) -> None:
         """A checkpoint of this very step, and the log up to it."""
+        tensors = {
+            "model": whole(self.model.state_dict()),
+            "best": whole(self.best),
+            "optimizer": whole(checkpoint.optimizer_tensors(self.optimizers)),
+        }
+        if self.ranks.first:
+            self._write(tensors)
+        self.ranks.wait()
+
+    def _write(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         folder = self.folder / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:  # first: a resume cuts what is too much
@@ -198,11 +233,7 @@ class Trainer:
             return
         write_folder(
             target,
-            {
-                "model": self.model.state_dict(),
-                "best": self.best,
-                "optimizer": checkpoint.optimizer_tensors(self.optimizers),
-            },
+            tensors,
             {
                 "progress": {**vars(self.progress), "loss": self.loss},
                 "spec": self.spec,
@@ -222,9 +253,11 @@ class Trainer:
             raise ValueError(f"{found}: was made by another model spec; resume with the recipe it began with")
         if records["data"] != self.prepared.fingerprint:
             raise ValueError(f"{found}: was made from other data than {self.recipe.data.source} holds now; start anew")
-        restore_model(self.model, tensors["model"], found)
+        check_fit(self.model, tensors["model"], found)
+        restore(self.model, tensors["model"])
         checkpoint.restore_optimizers(self.optimizers, tensors["optimizer"])
-        self.best = tensors["best"]
+        own = self.model.state_dict()
+        self.best = {name: like(value, own[name]) for name, value in tensors["best"].items()}
         self.loss = records["progress"].pop("loss")
         self.progress = Progress(**records["progress"])
         self._cut_log()
@@ -233,7 +266,7 @@ class Trainer:
     def _cut_log(self) -> None:
         """Drops lines of steps that a killed run took after its last checkpoint."""
         path = self.folder / "log.jsonl"
-        if not path.is_file():
+        if not path.is_file() or not self.ranks.first:
             return
         lines = path.read_text("utf-8").splitlines(keepends=True)
         path.write_text("".join(lines[: self.progress.step]), "utf-8")

@@ -17,7 +17,8 @@ def spec_of(model: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
     start = prepared.tools.start
     given = model
     if start is not None:
-        given = {**start.spec, "heads": {**start.spec.get("heads", {}), **model.get("heads", {})}}
+        heads = {**start.spec.get("heads", {}), **model.get("heads", {})}
+        given = {**start.spec, **({"heads": heads} if heads else {})}  # an encoder-decoder has none
     kinds = prepared.objective.KINDS
     if given.get("kind") in models.names() and given["kind"] not in kinds:
         raise ValueError(f"model.kind: this objective trains {' or '.join(kinds)}, not '{given['kind']}'")

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from headway import machine
 from headway.recipe import OptimizerSpec
+from headway.train import schedule
+from headway.train.ranks import joined, like, own_part
 
 # Found by You Jiacheng (2025), in use in modded-nanogpt: five steps bring all but tiny singular values near one
 STEPS = (
@@ -47,14 +49,18 @@ class Muon(torch.optim.Optimizer):
             for p in parameters:
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-            kept = [self.state[p]["momentum"] for p in parameters]
-            gradients = [p.grad for p in parameters]
+            kept = [own_part(self.state[p]["momentum"]) for p in parameters]
+            gradients = [own_part(p.grad) for p in parameters if p.grad is not None]
             torch._foreach_lerp_(kept, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, kept, group["momentum"])
             rows, columns = parameters[0].shape
-            step = orthogonal(torch.stack(ahead), self.products)
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, step.unbind(), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+            # where ranks share a matrix, each sees the whole of it for as long as this takes
+            matrices = [joined(part, p) for part, p in zip(ahead, parameters, strict=True)]
+            found = orthogonal(torch.stack(matrices), self.products).unbind()
+            steps = [own_part(like(step, p)) for step, p in zip(found, parameters, strict=True)]
+            own = [own_part(p) for p in parameters]
+            torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(own, steps, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
 def orthogonal(matrices: Float[Tensor, "N R C"], products: torch.dtype = torch.float32) -> Float[Tensor, "N R C"]:
@@ -95,10 +101,8 @@ def build_optimizers(model: nn.Module, spec: OptimizerSpec) -> list[torch.optim.
 
 
 def set_rate(optimizers: list[torch.optim.Optimizer], spec: OptimizerSpec, step: int, fraction: float) -> None:
-    """Up over `warmup` steps, level, then down to zero over the last `decay` share of the budget."""
-    scale = min(1.0, (step + 1) / max(1, spec.warmup))
-    if spec.decay > 0:
-        scale *= min(1.0, (1.0 - fraction) / spec.decay)
+    """Each group's rate at a step, counted from 0, when `fraction` of the budget is spent."""
+    share = schedule.scale(spec, step, fraction)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = scale * group["peak"]
+            group["lr"] = share * group["peak"]
