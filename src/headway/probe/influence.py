@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 EXACT = 2**11  # products up to which they are counted out: seconds on a CPU
 PROBES = 32
 TOGETHER = 2**11  # tokens that go through the model at once; a longer input goes alone, block by block
-WORK = 2**18  # tokens to go through the model and back: minutes for a small model on a CPU
+WORK = 2**16  # tokens to go through the model and back: about a minute for MiniLM on one core
 BLOCKS = 8  # the fewest that outputs are told in, unless the caller says
 
 
@@ -54,7 +54,7 @@ def influence(
     layer: of what leaves that layer on what enters it; (a, b): of what leaves layer b on what enters layer a. stack: as
     in `look.map`. of: "source", of a decoder: on what enters the encoder, or with `layer` on what leaves it. row: of a
     batch. rows: the outputs that are wanted. probes: random products an output, or "exact" (default: exact up to 2,048
-    products, else 32 an output). block: outputs that share a row (default: so many that the work takes minutes).
+    products, else 32 an output). block: outputs that share a row (default: as work needs, 1 for some 40 tokens).
     """
     name, body = stack_at(look.net, stack)
     own = {"stack": "source", "encoder": "source", "decoder": "target"}.get(name, name)
