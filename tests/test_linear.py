@@ -137,6 +137,17 @@ def test_packing_changes_nothing_over_many_chunks(kind: str) -> None:
     torch.testing.assert_close(packed, alone)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_in_runs_is_the_layer_on_all_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, x = made(kind, positions=Rotary(4, 10000.0).double()), torch.randn(2, 100, 8, dtype=torch.double)
+    valid = torch.arange(100) < torch.tensor([[100], [45]])
+    for mask in (Mask(causal=True), Mask(causal=True, valid=valid)):
+        with_gradients = mixed(mixer, x, mask)
+        monkeypatch.setattr("headway.mixers.RUN", 33)
+        with torch.no_grad():
+            torch.testing.assert_close(mixed(mixer, x, mask), with_gradients, atol=1e-6, rtol=1e-6)
+
+
 def test_a_stack_of_all_kinds_decodes_as_it_prefills() -> None:
     blocks = [BlockSpec(mixer={"name": "linear", "kind": kind, "heads": 2}) for kind in KINDS]
     blocks.append(BlockSpec(mixer={"name": "attention", "heads": 2}))

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headway.recurrence import Steps, delta, delta_stepwise, flops, kept_bytes, recur, restart, stepwise
 
-KINDS = ["none", "fixed", "head", "channel", "delta"]
+KINDS = ["none", "same", "fixed", "head", "channel", "delta"]
 KEYS, VALUES = 6, 5
 
 
@@ -27,6 +27,8 @@ def call(
     if kind != "none":
         shape = (length, KEYS) if kind == "channel" else (length,)
         given["decay"] = -strength * torch.rand(rows, heads, *shape, dtype=dtype) ** 3
+    if kind == "same":
+        given["decay"] = given["decay"][:1, :, :1].expand(rows, -1, length)
     if kind == "delta":
         given["k"] = torch.nn.functional.normalize(given["k"], dim=-1)
         given["beta"] = drawn(length).sigmoid()
@@ -85,6 +87,14 @@ def test_the_default_chunk_equals_the_definition(kind: str, length: int) -> None
     agree(run(chunked(given), given), run(definition(given), wide), 1e-5)
 
 
+@pytest.mark.parametrize("length", [64, 100, 256, 700])
+def test_a_decay_that_is_the_same_of_all_tokens_is_any_other(length: int) -> None:
+    given = call("same", length, 2.0)
+    assert given["decay"].stride(2) == 0
+    for found, wanted in zip(recur(**given), stepwise(**given), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_definition_is_the_sum_over_all_earlier_tokens(kind: str) -> None:
     """The state written out as a product of matrices, which no code here does."""
@@ -125,7 +135,7 @@ def test_the_input_is_left_as_it_was(kind: str, length: int) -> None:
     assert all(torch.equal(given[name], t) for name, t in before.items())
 
 
-@pytest.mark.parametrize("kind", ["none", "fixed", "head", "channel"])
+@pytest.mark.parametrize("kind", ["none", "same", "fixed", "head", "channel"])
 @pytest.mark.parametrize("length", [1, 21])
 def test_one_query_and_key_may_serve_all_heads(kind: str, length: int) -> None:
     shared = call(kind, length)
@@ -146,7 +156,7 @@ def test_low_precision_keeps_its_state_in_single_precision(kind: str) -> None:
         assert (y.float() - wanted).norm() < 0.02 * wanted.norm()
 
 
-@pytest.mark.parametrize("kind", ["fixed", "head", "channel", "delta"])
+@pytest.mark.parametrize("kind", ["same", "fixed", "head", "channel", "delta"])
 def test_a_restart_forgets_all_that_came_before(kind: str) -> None:
     given = call(kind, 20)
     segments = torch.tensor([0] * 7 + [1] * 1 + [2] * 12).expand(2, -1)
@@ -175,7 +185,7 @@ def test_flops_are_those_counted(kind: str, length: int) -> None:
 def test_kept_bytes_are_about_those_kept(kind: str, length: int) -> None:
     given = call(kind, length, rows=1, heads=3, dtype=torch.float32)
     for name, t in given.items():
-        t.requires_grad_(not (kind == "fixed" and name == "decay"))
+        t.requires_grad_(not (kind in ("same", "fixed") and name == "decay"))
     kept: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:

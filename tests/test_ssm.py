@@ -124,6 +124,16 @@ def test_packing_changes_nothing_over_many_chunks_nor_through_the_convolution() 
     )
 
 
+def test_a_layer_in_runs_is_the_layer_on_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    ssm, x = made(head_dim=4, state_size=5), torch.randn(2, 100, 8, dtype=torch.double)
+    valid = torch.arange(100) < torch.tensor([[100], [45]])
+    for mask in (Mask(causal=True), Mask(causal=True, valid=valid)):
+        with_gradients = mixed(ssm, x, mask)
+        monkeypatch.setattr("headway.mixers.RUN", 33)
+        with torch.no_grad():
+            torch.testing.assert_close(mixed(ssm, x, mask), with_gradients)
+
+
 def test_a_hybrid_stack_decodes_as_it_prefills() -> None:
     attention, ssm = {"name": "attention", "heads": 2}, {"name": "ssm", "head_dim": 8, "state_size": 6}
     stack = Stack(StackSpec(blocks=[BlockSpec(mixer=ssm), BlockSpec(mixer=attention)], repeat=2), 16).double().eval()

@@ -73,20 +73,23 @@ def recur(
 def _run(
     state: Tensor | None, size: int, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    whole = v.shape[2] % size == 0
     q, k, v = _chunks(q, size), _chunks(k, size), _chunks(v, size, copy=q.shape[1] == v.shape[1])
     if decay is None:
         y = (q @ k.mT).tril_() @ v
         read, last = _between(q, k, v, None, state)
     elif decay.ndim == 4:
-        scores, since, until, whole = _by_channel(q, k, _chunks(decay, size))
+        scores, since, until, keep = _by_channel(q, k, _chunks(decay, size))
         y = scores.to(v.dtype) @ v
-        read, last = _between(since, until, v, whole, state)
+        read, last = _between(since, until, v, keep, state)
     else:
+        if decay.stride(2) == 0 and whole and not decay.requires_grad:
+            decay = decay[:, :, :size]  # the same of all tokens, so of all chunks
         within, since, until = _by_head(_chunks(decay, size))
-        y = ((q @ k.mT) * within.to(q.dtype)) @ v
+        y = (within.to(q.dtype) * (q @ k.mT)) @ v
         read, last = _between(q, k, v * until.to(v.dtype), since[..., -1:, :], state)
-        read = None if read is None else since.to(read.dtype) * read
-    return (y if read is None else y + read).flatten(2, 3), last
+        return (y if read is None else y.addcmul_(since.to(y.dtype), read)).flatten(2, 3), last
+    return (y if read is None else y.add_(read)).flatten(2, 3), last
 
 
 def delta_stepwise(
@@ -158,17 +161,10 @@ def _delta_run(
 
 
 def flops(
-    length: int,
-    heads: int,
-    key_dim: int,
-    value_dim: int,
-    kind: str,
-    *,
-    shared: bool = False,
-    chunk: int | None = None,
+    length: int, heads: int, key_dim: int, value_dim: int, kind: str, *, shared: bool = False, chunk: int | None = None
 ) -> int:
-    """Of the matrix products, from no state. `kind` is the decay, one of none, fixed (a head, and not learned), head,
-    channel, or it is delta; `shared`: one q and k for all heads."""
+    """Of the matrix products, from no state. `kind` is the decay, one of none, same (of all tokens, a head), fixed (a
+    head, and not learned), head, channel, or it is delta; `shared`: one q and k for all heads."""
     update = heads * key_dim * value_dim  # a token written to the state, or read from it
     if length == 1:
         return 2 * update * (2 if kind == "delta" else 1)
@@ -186,27 +182,25 @@ def flops(
 
 
 def kept_bytes(
-    length: int,
-    heads: int,
-    key_dim: int,
-    value_dim: int,
-    kind: str,
-    *,
-    shared: bool = False,
-    chunk: int | None = None,
+    length: int, heads: int, key_dim: int, value_dim: int, kind: str, *, shared: bool = False, chunk: int | None = None
 ) -> int:
     """What autograd keeps of such a call for the way back, about, in single precision."""
     size = _chunk_size(length, chunk or _usual(kind), kind == "channel")
     groups = 1 if shared and kind != "channel" else heads
-    squares = {"fixed": 2 * heads, "head": 2 * heads + groups, "delta": 6 * heads}.get(kind, heads)  # C x C
+    squares = {
+        "same": heads * (1 + size / min(max(length, size), RUN)),
+        "fixed": 2 * heads,
+        "head": 2 * heads + groups,
+        "delta": 6 * heads,
+    }.get(kind, heads)  # C x C
     rows = {"channel": heads * (5 + 2 * len(_halvings(size))), "delta": 4 * heads}.get(kind, 2 * groups)  # C x K
-    values = heads * {"fixed": 2, "head": 2, "delta": 4}.get(kind, 1)  # C x V
+    values = heads * {"same": 2, "fixed": 2, "head": 2, "delta": 4}.get(kind, 1)  # C x V
     states = 0
     if length > size:
         rows += heads * {"channel": 1, "delta": 3}.get(kind, 0)
         values += heads if kind == "head" else 0
         states = heads * key_dim * value_dim * (1 if kind == "none" else 2) // size
-    return 4 * length * (squares * size + rows * key_dim + values * value_dim + states)
+    return int(4 * length * (squares * size + rows * key_dim + values * value_dim + states))
 
 
 class Steps(nn.Module):
@@ -356,39 +350,38 @@ def _split(t: Tensor, heads: int) -> Tensor:
 
 def _carry(updates: Tensor, keep: Tensor | None, state: Tensor | None) -> tuple[Tensor | None, Tensor]:
     """The states that enter the chunks and the last one; a share `keep` outlives each chunk, or all."""
-    updates = updates.to(_wide(updates))
-    s = None if state is None else state.to(updates.dtype)
-    entering: list[Tensor | None] = []
-    shares = itertools.repeat(None) if keep is None else keep.unbind(2)
-    for update, share in zip(updates.unbind(2), shares, strict=False):
+    updates, count = updates.to(_wide(updates)), updates.shape[2]
+    s = torch.zeros_like(updates[:, :, 0]) if state is None else state.to(updates.dtype)
+    shares = itertools.repeat(None) if keep is None else keep.expand(-1, -1, count, -1, -1).unbind(2)
+    room = None if torch.is_grad_enabled() else torch.empty_like(updates)  # a way back needs each state for itself
+    slots, entering = [None] * count if room is None else [*room.unbind(2)[1:], None], [s]
+    for update, share, slot in zip(updates.unbind(2), shares, slots, strict=False):
+        s = torch.add(update, s, out=slot) if share is None else torch.addcmul(update, share, s, out=slot)
         entering.append(s)
-        if s is not None:
-            update = update + s if share is None else torch.addcmul(update, share, s)
-        s = update
-    return _stacked(entering, s)
+    if state is None and count == 1:
+        return None, s
+    if room is None:
+        return torch.stack(entering[:-1], 2), s
+    room[:, :, 0] = entering[0]
+    return room, s
 
 
 def _corrected(
     wanted: Tensor, said: Tensor | None, keys: Tensor, keep: Tensor, state: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The same under the delta rule, and the u of each chunk: what is `wanted` less what the state `said`."""
-    entering: list[Tensor | None] = []
-    u, s = [], None if state is None else state.to(wanted.dtype)
-    saids = itertools.repeat(None) if said is None else said.unbind(2)
-    for want, say, key, share in zip(wanted.unbind(2), saids, keys.unbind(2), keep.unbind(2), strict=False):
+    if said is None:
+        return None, (keys @ wanted)[:, :, 0], wanted
+    heads, u = wanted.shape[:2], []
+    s = wanted.new_zeros(*heads, keys.shape[-2], wanted.shape[-1]) if state is None else state.to(wanted.dtype)
+    steps = zip(*(t.flatten(0, 1).unbind(1) for t in (wanted, said, keys, keep)), strict=True)
+    entering, s = [], s.flatten(0, 1)
+    for n, (want, say, key, share) in enumerate(steps):
         entering.append(s)
-        u.append(want if s is None or say is None else want - say @ s)
-        update = key @ u[-1]
-        s = update if s is None else torch.addcmul(update, share, s)
-    return *_stacked(entering, s), torch.stack(u, 2)
-
-
-def _stacked(entering: list[Tensor | None], last: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """One tensor of all that enter, and the last; a start from nothing is zeros, or None where nothing else enters."""
-    assert last is not None  # there is a chunk
-    if len(entering) == 1 and entering[0] is None:
-        return None, last
-    return torch.stack([torch.zeros_like(last) if s is None else s for s in entering], 2), last
+        u.append(torch.baddbmm(want, say, s, alpha=-1) if n or state is not None else want)
+        s = torch.addcmul(torch.bmm(key, u[-1]), share, s)
+    first, second = (torch.stack(each, 1).unflatten(0, heads) for each in (entering, u))
+    return first, s.unflatten(0, heads), second
 
 
 def _wide(t: Tensor) -> torch.dtype:

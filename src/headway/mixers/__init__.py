@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import msgspec
@@ -24,6 +26,8 @@ from headway.mask import Mask
 from headway.positions import Positions
 from headway.spec import convert, nearest
 from headway.state import State
+
+RUN = 1024  # tokens that `in_runs` takes at a time
 
 
 class Cost(NamedTuple):
@@ -103,6 +107,31 @@ class Mixer(nn.Module):
                 f"{name} cannot do {', '.join(sorted(missing))}; it can do {', '.join(sorted(self.can))}: "
                 "change the mask or choose another mixer (attention can do all)"
             )
+
+
+def in_runs(
+    mix: Callable[..., tuple[Any, ...]],
+    x: Float[Tensor, "B T C"],
+    pos: Int[Tensor, "B T"],
+    mask: Mask,
+    kept: tuple[Any, ...],
+) -> tuple[Float[Tensor, "B T C"], tuple[Any, ...]]:
+    """`mix(x, pos, mask, *kept)`, which gives outputs and what it keeps for later tokens, on runs of tokens in turn.
+
+    What a layer makes of them then stays in the cache of a CPU, in memory used before: fresh memory costs more than
+    what is done in it. All at once where the way back, packed sequences or a GPU ask for it.
+    """
+    whole = x.shape[1] <= RUN or torch.is_grad_enabled() or x.device.type != "cpu"
+    if whole or not mask.causal or mask.segments is not None:
+        y, *kept_on = mix(x, pos, mask, *kept)
+        return y, tuple(kept_on)
+    outputs = []
+    valid = itertools.repeat(None) if mask.valid is None else mask.valid.split(RUN, 1)
+    for tokens, at, there in zip(x.split(RUN, 1), pos.split(RUN, 1), valid, strict=False):
+        y, *kept_on = mix(tokens, at, mask if there is None else replace(mask, valid=there), *kept)
+        kept = tuple(kept_on)
+        outputs.append(y)
+    return torch.cat(outputs, 1), kept
 
 
 def linear_map(

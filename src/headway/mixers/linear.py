@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from headway.layers import residual_output
 from headway.mask import Mask
-from headway.mixers import Cost, Mixer
+from headway.mixers import Cost, Mixer, in_runs
 from headway.positions import Positions
 from headway.recurrence import Steps, delta, flops, kept_bytes, recur, restart
 from headway.spec import Size
@@ -87,9 +87,16 @@ class Linear(Mixer):
         context: Float[Tensor, "B S C"] | None = None,
     ) -> Float[Tensor, "B T C"]:
         self.require(mask, state, context)
+        y, after = in_runs(self._mixed, x, pos, mask, (_remembered(state, mask),))
+        if isinstance(state, Recurrent):
+            state.tensors = after
+        return y
+
+    def _mixed(
+        self, x: Tensor, pos: Tensor, mask: Mask, before: Tensor | None
+    ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B H K W"]]:
         if mask.valid is not None:
             x = x.masked_fill(~mask.valid[..., None], 0.0)
-        before = _remembered(state, mask)
         q, k, v, *gate = self.enter(x).chunk(3 if self.kind == "plain" else 4, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         match self.kind:
@@ -99,10 +106,8 @@ class Linear(Mixer):
                 y, after = self._delta(q, k, v, x, mask, before)
             case _:
                 y, after = self._decayed(q, k, v, x, mask, pos, before)
-        if isinstance(state, Recurrent):
-            state.tensors = (after,)
         y = y.transpose(1, 2)  # B T H V
-        return self.out(self.norm(y).flatten(2) * F.silu(gate[0]) if gate else y.flatten(2))
+        return self.out(self.norm(y).flatten(2) * F.silu(gate[0]) if gate else y.flatten(2)), after
 
     def _plain(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, before: Tensor | None
@@ -149,7 +154,7 @@ class Linear(Mixer):
         inner, values = self.heads * self.head_dim, self.head_dim + (self.kind == "plain")
         maps = self.width * inner * (4 if self.kind == "plain" else 5)
         maps += {"gated": RANK * (self.width + inner), "delta": self.width * 2 * self.heads}.get(self.kind, 0)
-        call = {"plain": "none", "retention": "fixed", "gated": "channel", "delta": "delta"}[self.kind]
+        call = {"plain": "none", "retention": "same", "gated": "channel", "delta": "delta"}[self.kind]
         if self.bidirectional:
             mixing, kept = 4 * length * inner * values, 4 * 4 * length * inner
         else:
