@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headway.quantize import Int8Embedding, Int8Linear, PackedLinear, nbytes, prepare
+from headway.quantize import Int8Embedding, Int8Linear, PackedLinear, nbytes, prepare, restore
 from headway.rounding import blockwise, hadamard, round_weight
 
 WAYS = [(None, torch.float32), (None, torch.bfloat16), ("int8", torch.float32), ("int8", torch.bfloat16)]
@@ -165,6 +165,20 @@ def test_a_tied_head_in_fp32_is_kept_once() -> None:
     prepare(net)
     assert nbytes(net) == before
     assert net.head.layout.data_ptr() == net.embed.weight.data_ptr()
+
+
+@torch.inference_mode()
+def test_a_tied_head_for_many_rows_is_a_copy_that_says_the_same() -> None:
+    net, x = Tied(), torch.randn(5, 96)
+    prepare(net)
+    before, alone, together = nbytes(net), net.head(x[:1]), net.head(x)
+    net.head.spread()
+    assert torch.equal(net.head(x), together) and torch.equal(net.head(x[:1]), alone)
+    assert nbytes(net) == before + net.embed.weight.nbytes
+    net.head.spread()
+    assert nbytes(net) == before + net.embed.weight.nbytes
+    restore(net)
+    assert net.head.weight is net.embed.weight
 
 
 def test_a_module_at_two_places_is_one_module_after() -> None:

@@ -15,6 +15,9 @@ from headway.generate.decode import step_of as step_of_decoder
 from headway.generate.step import step_of
 from headway.loaded import Loaded
 from headway.models import decoder, seq2seq
+from headway.quantize import PackedLinear
+
+MANY, LONG = 4, 32  # rows, and tokens of each, from which a packed copy of a tied head is worth its time and memory
 
 
 @runtime_checkable
@@ -47,6 +50,8 @@ class _Decoder:
     def __init__(self, model: Loaded, rows: Sequence[Sequence[int]], room: int) -> None:
         self.net: decoder.Model = model.net
         self.head = self.net.heads.find("lm")
+        if len(rows) >= MANY and room >= LONG and isinstance(self.head.out, PackedLinear):
+            self.head.out.spread()
         self.longest = max(len(row) for row in rows)
         pad, device = model.padding, model.device
         self.ids = torch.tensor([[pad] * (self.longest - len(row)) + list(row) for row in rows], device=device)
