@@ -101,7 +101,7 @@ class Recipe(Strict, frozen=True):
     batches of at most `batch_tokens`, over all ranks together; `workers` processes make them ahead of time. `parallel`:
     how the ranks that torchrun starts share the model, whole on each ("ddp") or cut ("fsdp").
 
-    `precision`: "bf16" computes in it where that is safe (autocast), "pure-bf16" throughout, with weights in fp32 beside
+    `precision`: "bf16" computes in it where that is safe (autocast), "pure-bf16" throughout, with fp32 weights beside
     (1710.03740). `activation_checkpointing` runs each block again on the way back instead of keeping what it computed;
     `compile` has torch.compile make kernels of each block. `spike`: training stops at a loss that many standard
     deviations above its running mean (0: only where it is no number). `keep`: checkpoints, each with the best weights.

@@ -72,8 +72,9 @@ def read_folder(
 
 
 def verify_folder(folder: Path) -> int:
-    """Proves that a folder is as it was written, without loading it: every byte by its sum, and no file besides. Returns
-    its bytes; a ValueError names the file that is at fault."""
+    """Proves that a folder is as it was written, without loading it: every byte by its sum, and no file besides.
+
+    Returns its bytes; a ValueError names the file that is at fault."""
     sums, size = read_json(folder / MANIFEST, dict), 0
     for name in sorted(path.name for path in folder.iterdir()):
         if name not in sums and name != MANIFEST:

@@ -1,7 +1,7 @@
 """The moving average of the weights (Polyak, EMA): often better than any of the weights it is made of.
 
-average <- d average + (1 - d) weights, with d = min(ema, (1 + t) / (10 + t)) at step t, so that the first weights, which
-know nothing, are soon forgotten.
+average <- d average + (1 - d) weights, with d = min(ema, (1 + t) / (10 + t)) at step t, so that the first weights,
+which know nothing, are soon forgotten.
 """
 
 from __future__ import annotations

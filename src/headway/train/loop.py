@@ -13,8 +13,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,16 @@ from headway.data.batches import Order
 from headway.data.loader import Stream
 from headway.hub import Loaded
 from headway.recipe import OptimizerSpec, Recipe
-from headway.store import check_fit, read_folder, write_folder
-from headway.train import checkpoint
+from headway.store import append_lines, check_fit, sweep, write_folder, write_text
+from headway.train import checkpoint, recompute
+from headway.train import watch as watching
+from headway.train.average import Average
+from headway.train.checkpoint import Progress
 from headway.train.data import Prepared, all_of
+from headway.train.half import Half
 from headway.train.network import network, spec_of
 from headway.train.optim import build_optimizers, set_rate
 from headway.train.ranks import Ranks, like, restore, whole
-
-KEPT = 2  # checkpoints
 
 
 class Interrupted(Exception):
@@ -53,18 +55,6 @@ class Status:
     loss: float
     tokens_per_second: float
     seconds_left: float
-
-
-@dataclass
-class Progress:
-    """What has been spent, and what was seen; saved with every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    best_loss: float = math.inf
-    evaluations: int = 0
-    curve: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Trainer:
@@ -92,14 +82,19 @@ class Trainer:
         self.optimizer = optimizer
         self.optimizers = build_optimizers(self.model, optimizer)
         self.best: dict[str, Tensor] = {}
+        self.average = Average(self.model, optimizer.ema) if optimizer.ema else None
         self.progress = Progress()
-        self.loss = math.nan
-        self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and machine.fast_bf16())
+        self.bf16 = recipe.precision.endswith("bf16") or (recipe.precision == "auto" and machine.fast_bf16())
+        if recipe.activation_checkpointing:
+            recompute.recompute(self.model)
+        self.half = self._half() if recipe.precision == "pure-bf16" else None
+        self.net = self.half.net if self.half else self.model  # what runs forward and back
         self.log: list[str] = []
 
     def fit(self) -> Loaded:
         """Trains to the end of the budget and returns the best model seen, by validation loss."""
         self.model.train()
+        self.net.train()
         saved = time.monotonic()
         with _listening() as asked, self._stream() as self.stream:
             while self._fraction() < 1.0:
@@ -123,6 +118,7 @@ class Trainer:
     def _best(self) -> nn.Module:
         """The network with its best weights; a whole one, where ranks share it."""
         self.model.load_state_dict(self.best)
+        recompute.keep_all(self.model)
         if self.ranks.size == 1:
             return self.model
         net, best = network(self.spec, self.prepared.tools).to(self.device), whole(self.best)
@@ -141,17 +137,25 @@ class Trainer:
         set_rate(self.optimizers, self.optimizer, step, self._fraction())
         targets, tokens = self.ranks.sum(sum(b.targets for b in batches), sum(b.tokens for b in batches))
         # gradients are averaged over the ranks, and shall be summed
-        sums = self.objective.backward(self.model, batches, targets / self.ranks.size, self._scope)
+        if self.half:
+            self.half.refresh()
+        sums = self.objective.backward(self.net, batches, targets / self.ranks.size, self._scope)
         plain, count = self.ranks.sum(*sums)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer.clip)
+        norm = float(whole({"": nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer.clip)})[""])
+        value = plain / count
+        self._check(value, norm, batches)
+        rate = self.optimizers[0].param_groups[0]["lr"]
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        value = self._finite(plain / count, "loss")
-        self.loss = value if math.isnan(self.loss) else 0.95 * self.loss + 0.05 * value
+        if self.average:
+            self.average.update(self.model, step)
+        progress.variance = watching.variance(progress.variance, value, progress.loss)
+        progress.loss = value if math.isnan(progress.loss) else 0.95 * progress.loss + 0.05 * value
         progress.step, progress.tokens = step + 1, progress.tokens + int(tokens)
         progress.seconds = self.ranks.firsts(progress.seconds + time.perf_counter() - began)
-        self.log.append(json.dumps({"step": step, "loss": value, "seconds": round(progress.seconds, 3)}))
+        line = {"step": step, "loss": value, "norm": norm, "rate": rate, "tokens": progress.tokens}
+        self.log.append(json.dumps({**line, "seconds": round(progress.seconds, 3)}))
 
     @contextmanager
     def _scope(self, part: int) -> Iterator[None]:
@@ -161,14 +165,30 @@ class Trainer:
         self.ranks.hold_gradients(self.model, part + 1 < self.parts)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             yield
+        if self.half:
+            self.half.collect()
 
-    def _finite(self, value: float, what: str) -> float:
-        if math.isfinite(value):
-            return value
+    def _half(self) -> Half:
+        if self.ranks.size > 1:
+            raise ValueError(f"precision pure-bf16 is for one process, and this run has {self.ranks.size}: use bf16")
+        return Half(self.model)
+
+    def _check(self, value: float, norm: float, batches: list[Any]) -> None:
+        """Stops before a step that would spoil the weights, and keeps what it was to be made of."""
+        step = self.progress.step
+        why = watching.fault(self.recipe, step, value, norm, self.progress.loss, self.progress.variance)
+        if why:
+            rank = f"-rank-{self.ranks.rank}" if self.ranks.size > 1 else ""
+            folder = self.folder / f"stopped-step-{step:09d}{rank}"
+            first = step * self.recipe.accumulate + self.ranks.rank
+            watching.keep(folder, step, first, self.ranks.size, batches, why)
+            raise ValueError(f"{why} at step {step}: {self._remedy()}; its batch is in {folder}")
+
+    def _remedy(self) -> str:
         spec = self.optimizer
-        raise ValueError(
-            f"the {what} is {value} at step {self.progress.step}: lower optimizer.lr ({spec.lr}), optimizer.matrix_lr "
-            f"({spec.matrix_lr}) or optimizer.clip ({spec.clip}) and start anew with --overwrite"
+        return (
+            f"lower optimizer.lr ({spec.lr}), optimizer.matrix_lr ({spec.matrix_lr}) or optimizer.clip ({spec.clip}) "
+            "and start anew with --overwrite"
         )
 
     def _fraction(self) -> float:
@@ -178,19 +198,24 @@ class Trainer:
         spent, fraction = self.progress.seconds, self._fraction()
         left = spent / fraction - spent if fraction else math.inf
         speed = self.progress.tokens / max(spent, 1e-9)
-        return Status(self.progress.step, fraction, self.loss, speed, left)
+        return Status(self.progress.step, fraction, self.progress.loss, speed, left)
 
     def _evaluate(self) -> None:
         """One point of the learning curve; the best weights so far are kept."""
-        value = self._finite(self.valid_loss(self.prepared.curve), "validation loss")
-        progress = self.progress
+        with self.average.inside(self.model) if self.average else nullcontext():
+            self._evaluate_weights()
+
+    def _evaluate_weights(self) -> None:
+        progress, value = self.progress, self.valid_loss(self.prepared.curve)
+        if not math.isfinite(value):
+            raise ValueError(f"the validation loss is {value} at step {progress.step}: {self._remedy()}")
         progress.evaluations = int(self._fraction() * self.recipe.evaluations) + 1
         progress.curve.append(
             {
                 "step": progress.step,
                 "seconds": round(progress.seconds, 2),
                 "tokens": progress.tokens,
-                "loss": self.loss,
+                "loss": progress.loss,
                 "valid_loss": value,
             }
         )
@@ -217,6 +242,7 @@ class Trainer:
             "model": whole(self.model.state_dict()),
             "best": whole(self.best),
             "optimizer": whole(checkpoint.optimizer_tensors(self.optimizers)),
+            **({"average": whole(self.average.tensors)} if self.average else {}),
         }
         if self.ranks.first:
             self._write(tensors)
@@ -225,8 +251,7 @@ class Trainer:
     def _write(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         folder = self.folder / "checkpoints"
         folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:  # first: a resume cuts what is too much
-            file.writelines(line + "\n" for line in self.log)
+        append_lines(self.folder / "log.jsonl", self.log)  # first: a resume cuts what is too much
         self.log.clear()
         target = folder / f"step-{self.progress.step:09d}"
         if target == checkpoint.latest(folder):
@@ -234,42 +259,50 @@ class Trainer:
         write_folder(
             target,
             tensors,
-            {
-                "progress": {**vars(self.progress), "loss": self.loss},
-                "spec": self.spec,
-                "data": self.prepared.fingerprint,
-            },
+            {"progress": vars(self.progress), "spec": self.spec, "data": self.prepared.fingerprint},
         )
-        checkpoint.prune(folder, KEPT)
+        checkpoint.prune(folder, self.recipe.keep)
 
-    def resume(self) -> bool:
-        """Goes back to the newest checkpoint; false where there is none yet."""
-        found = checkpoint.latest(self.folder / "checkpoints")
-        if found is None:
+    def resume(self, note: Callable[[str], None] = lambda line: None) -> bool:
+        """Goes back to the newest checkpoint that is whole; false where there is none. `note` is told of others."""
+        folder = self.folder / "checkpoints"
+        saved, faults = checkpoint.newest(folder)
+        if saved is not None:
+            self._restore(saved)
+        self.ranks.wait()  # until all have read
+        if self.ranks.first:
+            for path, fault in faults.items():
+                aside = checkpoint.set_aside(path).name
+                note(f"{fault.partition(';')[0]}: set aside as {aside}, going on from step {self.progress.step}")
+            sweep(self.folder)
+            sweep(folder)
             self._cut_log()
-            return False
-        tensors, records = read_folder(found)
-        if records["spec"] != self.spec:
+        return saved is not None
+
+    def _restore(self, saved: checkpoint.Saved) -> None:
+        found, tensors = saved.folder, saved.tensors
+        if saved.spec != self.spec:
             raise ValueError(f"{found}: was made by another model spec; resume with the recipe it began with")
-        if records["data"] != self.prepared.fingerprint:
+        if saved.data != self.prepared.fingerprint:
             raise ValueError(f"{found}: was made from other data than {self.recipe.data.source} holds now; start anew")
-        check_fit(self.model, tensors["model"], found)
+        for name in ("model", *(["best"] if tensors["best"] else []), *(["average"] if self.average else [])):
+            check_fit(self.model, tensors.get(name, {}), found / f"{name}.safetensors")
+        checkpoint.restore_optimizers(self.optimizers, tensors["optimizer"], found / "optimizer.safetensors")
         restore(self.model, tensors["model"])
-        checkpoint.restore_optimizers(self.optimizers, tensors["optimizer"])
         own = self.model.state_dict()
         self.best = {name: like(value, own[name]) for name, value in tensors["best"].items()}
-        self.loss = records["progress"].pop("loss")
-        self.progress = Progress(**records["progress"])
-        self._cut_log()
-        return True
+        if self.average:
+            self.average.restore({name: like(value, own[name]) for name, value in tensors["average"].items()})
+        self.progress = saved.progress
 
     def _cut_log(self) -> None:
         """Drops lines of steps that a killed run took after its last checkpoint."""
         path = self.folder / "log.jsonl"
-        if not path.is_file() or not self.ranks.first:
+        if not path.is_file():
             return
-        lines = path.read_text("utf-8").splitlines(keepends=True)
-        path.write_text("".join(lines[: self.progress.step]), "utf-8")
+        lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
+        if len(lines) > self.progress.step:
+            write_text(path, "".join(lines[: self.progress.step]))
 
 
 @contextmanager

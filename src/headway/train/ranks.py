@@ -58,7 +58,7 @@ class Ranks:
         if self.size > 1:
             dist.barrier()
 
-    def sum(self, *values: float) -> list[float]:
+    def sum(self, *values: float | int) -> list[float | int]:
         """Each value, added up over all ranks."""
         if self.size == 1:
             return list(values)
