@@ -127,7 +127,7 @@ def weights(
 class Glance:
     """A call of exact attention, taken apart: any rows of any head's map on demand, none of them kept.
 
-    `bias` gives what is added to the scores of queries at some positions; the other fields are as in `attend`.
+    `bias` gives what is added to the scores, from positions of queries and keys; the other fields are as in `attend`.
     """
 
     q: Float[Tensor, "B H T D"]
@@ -138,7 +138,7 @@ class Glance:
     k_pos: Int[Tensor, "B S"]
     scale: float
     softcap: float | None = None
-    bias: Callable[[Tensor], Tensor | None] = lambda q_pos: None
+    bias: Callable[[Tensor, Tensor], Tensor | None] = lambda q_pos, k_pos: None
 
     def of(self, row: int) -> Glance:
         """The same of one row of the batch."""
@@ -148,7 +148,7 @@ class Glance:
 
     def rows(self, rows: slice, heads: slice = slice(None)) -> Float[Tensor, "B H R S"]:
         """The weights of some queries, in float32 or better; a query that may see nothing has zeros."""
-        bias = self.bias(self.q_pos[:, rows])
+        bias = self.bias(self.q_pos[:, rows], self.k_pos)
         bias = bias if bias is None or bias.shape[1] == 1 else bias[:, heads]
         return _shares(self.scores(rows, heads) * self.scale, self.allowed(rows, heads), bias, self.softcap)
 

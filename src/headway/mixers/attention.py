@@ -8,6 +8,7 @@ attention, so it is an option here and no mixer of its own.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -109,7 +110,7 @@ class Attention(Mixer):
             q_pos, k_pos = (torch.arange(t.shape[2], device=t.device).expand(len(t), -1) for t in (q, k))
             return Glance(q=q, k=k, v=v, mask=mask, q_pos=q_pos, k_pos=k_pos, **how)
         q, k = self.positions.rotate(q, pos), self.positions.rotate(k, pos)
-        bias = lambda q_pos: self.positions.bias(self.heads, q_pos, pos)
+        bias = partial(self.positions.bias, self.heads)
         return Glance(q=q, k=k, v=v, mask=mask & self.local, q_pos=pos, k_pos=pos, bias=bias, **how)
 
     def map(
