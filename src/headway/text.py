@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from headway.spec import Strict
 
 if TYPE_CHECKING:
@@ -48,6 +50,20 @@ class Tokenizer:
         ids = self._core.encode(text, add_special_tokens=False).ids
         # a whitespace word spelt like a special would otherwise be found in the vocabulary
         return [max(token, UNK) for token in ids]
+
+    def words(self, text: str) -> tuple[list[int], list[int]]:
+        """As `encode`, and the word that each id is of: what is cut before the merges, or stands between spaces."""
+        found = self._core.encode(text, add_special_tokens=False)
+        words = [word or 0 for word in found.word_ids]
+        if type(self._core.pre_tokenizer).__name__ == "Split":  # characters
+            spaces = np.array([text[start].isspace() for start, _ in found.offsets], dtype=np.int64)
+            words = (2 * spaces.cumsum() - spaces).tolist()
+        return [max(token, UNK) for token in found.ids], words
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The four, and those that it was trained with besides."""
+        return frozenset(i for i, token in self._core.get_added_tokens_decoder().items() if token.special)
 
     def decode(self, ids: Sequence[int]) -> str:
         ids = self._checked(ids)
@@ -95,12 +111,15 @@ class Tokenizer:
         """Learn the vocabulary of `texts`; the same texts in any order give the same ids (BPE: the same merges).
 
         `extra` specials get the last ids; text can never produce them, and `decode` leaves them out."""
+        from tokenizers import AddedToken
+
         if spec.kind not in ("characters", "whitespace", "bpe"):
             raise ValueError(f"tokenizer kind {spec.kind!r} is unknown: use 'characters', 'whitespace' or 'bpe'")
         core = _train_bpe(texts, spec.vocab) if spec.kind == "bpe" else _collect(texts, spec.kind)
         if spec.kind != "bpe" and core.get_vocab_size() == len(SPECIALS):
             raise ValueError(f"cannot train a {spec.kind} tokenizer: the texts hold not one token")
-        core.add_special_tokens(list(extra))
+        spaced = [AddedToken(name, lstrip=spec.kind == "bpe" and name == "<mask>", special=True) for name in extra]
+        core.add_special_tokens(spaced)  # where a space is a part of the word behind it, a mask takes that, too
         return cls(core)
 
     def _checked(self, ids: Sequence[int]) -> list[int]:

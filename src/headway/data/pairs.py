@@ -25,11 +25,16 @@ class Pairs(Batch):
 
 def collate(examples: Sequence[Example], bos: int = BOS, eos: int = EOS, pad: int = PAD) -> Pairs:
     """Pad to the right: source + EOS, BOS + target (what the decoder reads), target + EOS (what it should say)."""
+    return shifted([([*source, eos], [*target, eos]) for source, target in examples], bos, pad)
+
+
+def shifted(examples: Sequence[Example], start: int, pad: int) -> Pairs:
+    """The same for pairs that have their ends: the decoder reads `start` and all of the target but its last token."""
     if not examples:
         raise ValueError("cannot collate 0 examples")
-    source, source_valid = padded([[*source, eos] for source, _ in examples], pad)
-    target_in, _ = padded([[bos, *target] for _, target in examples], pad)
-    target_out, target_valid = padded([[*target, eos] for _, target in examples], IGNORE)
+    source, source_valid = padded([source for source, _ in examples], pad)
+    target_in, _ = padded([[start, *target[:-1]] for _, target in examples], pad)
+    target_out, target_valid = padded([target for _, target in examples], IGNORE)
     targets = int(target_valid.sum())
     return Pairs(
         source=source,

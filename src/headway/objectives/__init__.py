@@ -11,20 +11,24 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.data.batches import Batch, Batches, Order
 from headway.data.examples import Example
 from headway.data.sources import Values
 from headway.hub import Loaded
+from headway.loaded import Facts
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
 from headway.spec import convert, nearest
+from headway.text import Tokenizer
+from headway.vocabulary.own import dressed
 
 
 class Loss(NamedTuple):
@@ -48,21 +52,29 @@ class Score(NamedTuple):
 
 
 class Base:
-    """What objectives share. A new one overrides what differs; `collate` and `__call__` always do.
+    """What objectives share. A new one overrides what differs: always `collate`, and `predict` or `__call__`.
 
     KINDS: the models it trains. COLUMNS: the columns it reads (fields of `data` in a recipe) and what reads each:
     "source" and "target" tokenizers, "label" (one of the classes), "image", or "plain". EXTRA: tokens that a tokenizer
     trained for it has besides. HEAD: the head whose outputs are sized to the vocabulary or the classes.
+    An objective that wraps another takes these from it.
     """
 
-    KINDS: ClassVar[tuple[str, ...]] = ()
-    COLUMNS: ClassVar[dict[str, str]] = {"text": "source"}
-    EXTRA: ClassVar[tuple[str, ...]] = ()
-    HEAD: ClassVar[str | None] = None
+    KINDS: tuple[str, ...] = ()
+    COLUMNS: dict[str, str] = {"text": "source"}
+    EXTRA: tuple[str, ...] = ()
+    HEAD: str | None = None
 
     def columns(self) -> dict[str, str]:
         """COLUMNS, or fewer or more of them as the options have it."""
         return self.COLUMNS
+
+    def lender(self) -> Loaded | None:
+        """A model whose tokenizers a new model takes over (a teacher's), where the recipe loads none."""
+        return None
+
+    def ready(self, tools: Tools) -> None:
+        """Keeps the ids that `collate` needs (of a mask, of padding); called once, before anything is encoded."""
 
     def spec(self, model: dict[str, Any], tools: Tools) -> dict[str, Any]:
         """The model's spec with the sizes that vocabulary and classes turned out to have."""
@@ -84,12 +96,21 @@ class Base:
         """A batch of examples; all that is drawn at random comes from `random`, a function of seed and step."""
         raise NotImplementedError
 
+    def predict(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        """Logits `Float[N O]` of a batch's N targets, and what each is, `Int[N]`: what a teacher is asked for, too."""
+        raise ValueError(f"{type(self).__module__}: has no logits a target, which this needs")
+
+    def judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What is minimised and what is shown, of what `predict` gave: -sum log p(label), unless overridden."""
+        total = F.cross_entropy(logits.float(), labels, reduction="sum")
+        return total, total.detach()
+
     def __call__(self, model: nn.Module, batch: Any) -> Loss:
         """The loss of a batch, summed over its targets."""
-        raise NotImplementedError
+        return Loss(*self.judge(*self.predict(model, batch)), batch.targets)
 
     def backward(
-        self, model: nn.Module, batches: Sequence[Any], targets: int, scope: Callable[[int], Any]
+        self, model: nn.Module, batches: Sequence[Any], targets: float, scope: Callable[[int], Any]
     ) -> tuple[float, int]:
         """Gradients of the loss over all micro-batches divided by `targets`; returns the plain loss and its count.
 
@@ -113,12 +134,24 @@ class Base:
         """The field's metric on held-out rows, as the recipe asks (beams, limits)."""
         return Score({})
 
+    def baseline(self, train: Sequence[Values], rows: Sequence[Values], recipe: Recipe) -> dict[str, Any]:
+        """What something plain that learns from the training rows reaches on held-out ones: `..._baseline`."""
+        return {}
+
     def loaded(self, net: nn.Module, spec: dict[str, Any], tools: Tools) -> Loaded:
         """The trained model as `headway.load` gives it."""
-        start = tools.start
+        start, source = tools.start, tools.source
+        spec = {key: value for key, value in spec.items() if key != "load"}
         if start is not None:
             return Loaded(net, spec, start.source, start.target, facts=start.facts, image=start.image)
-        return Loaded(net, spec, tools.source, tools.target, max_tokens=tools.max_tokens, lowercase=tools.lowercase)
+        if spec["kind"] == "seq2seq" and isinstance(source, Tokenizer):
+            return Loaded(net, spec, source, tools.target, max_tokens=tools.max_tokens, lowercase=tools.lowercase)
+        facts = Facts(max_tokens=tools.max_tokens, bos=tools.bos, pad=tools.pad, lowercase=tools.lowercase)
+        if tools.eos is not None:
+            facts = msgspec.structs.replace(facts, eos=(tools.eos,))
+        if isinstance(source, Tokenizer):  # used from here on as what was downloaded is
+            source = dressed(source, lowercase=tools.lowercase)
+        return Loaded(net, spec, source, facts=facts)
 
 
 def names() -> list[str]:
@@ -140,8 +173,11 @@ def build(named: dict[str, Any]) -> Any:
     return kind(**msgspec.structs.asdict(convert(given, known, "objective")))
 
 
-def with_vocabulary(model: dict[str, Any], key: str, size: int) -> dict[str, Any]:
-    """A model's spec whose `key` is the tokenizer's size; a recipe that says another one is told so."""
+def with_vocabulary(model: dict[str, Any], key: str, size: int, start: Loaded | None = None) -> dict[str, Any]:
+    """A model's spec whose `key` is the tokenizer's size; a recipe that says another one is told so. The table of a
+    checkpoint may have more rows than its tokenizer has ids."""
+    if start is not None and model[key] >= size:
+        return model
     if model.get(key) not in (None, 0, size):
         raise ValueError(f"model.{key} is {model[key]}, and the tokenizer has {size}: leave it out")
     return {**model, key: size}

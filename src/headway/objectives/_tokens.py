@@ -1,9 +1,13 @@
-"""Rows of tokens as a batch, for objectives that label tokens; packed rows keep their examples apart by segments."""
+"""Texts in pieces, rows of tokens as a batch, and how well targets are told: for objectives that label tokens.
+
+Packed rows keep their examples apart by segments.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -11,8 +15,15 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from headway.data.batches import IGNORE, Batch, padded
-from headway.data.examples import Example
+from headway.data.examples import Example, Examples
+from headway.data.sources import Values
+from headway.hub import Loaded
 from headway.mask import Mask
+from headway.objectives._tools import Tools
+from headway.recipe import Recipe
+
+if TYPE_CHECKING:
+    from headway.objectives import Base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +65,50 @@ def rows_of(rows: Sequence[Sequence[Example]], pad: int) -> Tokens:
     )
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-sum log p(label), over the labels there are; `logits` are `Float[B T V]`, `labels` `Int[B T]`."""
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+def pieces(text: str, tools: Tools) -> Iterator[tuple[list[int], list[int]]]:
+    """A text in pieces that the model takes, each with the specials around it; the word of each id, -1 for specials."""
+    ids, words = tools.words(text)
+    inner = [i for i, word in enumerate(words) if word >= 0]
+    if not inner:
+        raise unfit(text)
+    first, last = inner[0], inner[-1] + 1
+    room = tools.max_tokens - first - (len(ids) - last)
+    if room < 1:
+        raise ValueError(f"max_tokens={tools.max_tokens} leaves no room beside the specials of a text: raise it")
+    for start in range(first, last, room):
+        end = min(start + room, last)
+        yield ids[:first] + ids[start:end] + ids[last:], words[:first] + words[start:end] + words[last:]
+
+
+def unfit(text: str) -> Exception:
+    """A text that no example can be made of."""
+    from headway.objectives import Unfit
+
+    return Unfit(f"the text {text[:40]!r} has no tokens: give it at least one")
+
+
+class Guessed(NamedTuple):
+    """Of held-out targets: the share told right, and by always saying the commonest of them; -log p each, and the
+    entropy of how common each is, in nats."""
+
+    right: float
+    commonest: float
+    nats: float
+    entropy: float
+
+
+def guessed(objective: Base, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Guessed:
+    """How well a model says the targets of held-out rows."""
+    examples = Examples(example for row in rows for example in objective.encode(row, tools))
+    sizes = np.array([objective.sizes(example) for example in examples])
+    order = objective.batches(examples, sizes, tokens=recipe.batch_tokens, length=recipe.max_tokens, seed=recipe.seed)
+    right, nats, asked = 0, 0.0, []
+    for step in range(len(order)):
+        logits, labels = objective.predict(model.net, order.batch(step).to(model.device))
+        nats += float(torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
+        right += int((logits.argmax(-1) == labels).sum())
+        asked.append(labels.cpu())
+    counts = torch.cat(asked).bincount().double()
+    shares = counts[counts > 0] / counts.sum()
+    total = int(counts.sum())
+    return Guessed(right / total, float(shares.max()), nats / total, float(-(shares * shares.log()).sum()))

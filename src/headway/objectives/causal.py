@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from headway.data.batches import Batches, Order, Packed
+from headway.data.batches import IGNORE, Batches, Order, Packed
 from headway.data.examples import Example, Examples
 from headway.data.sources import Values
 from headway.hub import Loaded
-from headway.objectives import Base, Loss, Score, Unfit, with_head, with_vocabulary
-from headway.objectives._tokens import Tokens, cross_entropy, rows_of
+from headway.objectives import Base, Score, Unfit, with_head, with_vocabulary
+from headway.objectives._tokens import Tokens, rows_of
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
 
@@ -34,7 +34,7 @@ class Objective(Base):
 
     def spec(self, model: dict[str, Any], tools: Tools) -> dict[str, Any]:
         tied = {"outputs": tools.vocab, "bias": False, "tie": True}
-        return with_head(with_vocabulary(model, "vocab", tools.vocab), "lm", tied)
+        return with_head(with_vocabulary(model, "vocab", tools.vocab, tools.start), "lm", tied)
 
     def encode(self, row: Values, tools: Tools) -> Iterable[Example]:
         """Begin, text, end; cut into rows, each of which predicts the first token of the next."""
@@ -57,10 +57,13 @@ class Objective(Base):
     def collate(self, examples: Sequence[Sequence[Example]], random: np.random.Generator) -> Tokens:
         return rows_of(examples, 0)
 
-    def __call__(self, model: nn.Module, batch: Tokens) -> Loss:
+    def predict(self, model: nn.Module, batch: Tokens) -> tuple[Tensor, Tensor]:
         x = model(batch.ids, batch.valid, mask=batch.mask, pos=batch.pos)
-        total = cross_entropy(model.head("lm", x), batch.labels)  # type: ignore[operator]
-        return Loss(total, total.detach(), batch.targets)
+        logits, labels = model.head("lm", x).flatten(0, 1), batch.labels.flatten()  # type: ignore[operator]
+        if batch.valid is None:
+            return logits, labels
+        there = labels != IGNORE
+        return logits[there], labels[there]
 
     @torch.inference_mode()
     def score(self, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Score:

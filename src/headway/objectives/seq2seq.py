@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from headway.data.batches import IGNORE
 from headway.data.examples import Example
-from headway.data.pairs import Pairs, collate
+from headway.data.pairs import Pairs, shifted
 from headway.data.sources import Values, references
 from headway.generate.search import greedy
 from headway.hub import Loaded
-from headway.objectives import Base, Loss, Score, Unfit, with_vocabulary
+from headway.objectives import Base, Score, Unfit, with_vocabulary
 from headway.objectives._rates import by_length, evaluate, rates
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
-from headway.text import Tokenizer
+from headway.text import EOS, Tokenizer
+from headway.vocabulary import PublishedTokenizer
 
 
 class Objective(Base):
@@ -40,36 +41,41 @@ class Objective(Base):
 
     def spec(self, model: dict[str, Any], tools: Tools) -> dict[str, Any]:
         assert tools.source is not None and tools.target is not None
-        return with_vocabulary(
-            with_vocabulary(model, "source_vocab", tools.source.vocab), "target_vocab", tools.target.vocab
-        )
+        sized = with_vocabulary(model, "source_vocab", tools.source.vocab, tools.start)
+        return with_vocabulary(sized, "target_vocab", tools.target.vocab, tools.start)
+
+    def ready(self, tools: Tools) -> None:
+        self.start, self.pad = tools.begin, tools.pad
 
     def encode(self, row: Values, tools: Tools) -> Iterable[Example]:
-        assert isinstance(tools.source, Tokenizer) and isinstance(tools.target, Tokenizer)
-        example = (tools.source.encode(row[0]), tools.target.encode(row[1]))
-        if not example[0] or max(map(len, example)) > tools.max_tokens:
+        """Both sides with their ends: our own EOS, or the specials that a checkpoint puts around a text."""
+        assert tools.source is not None and tools.target is not None
+        (source, inner), (target, told) = _ended(tools.source, row[0]), _ended(tools.target, row[1])
+        if not inner or max(inner, told) > tools.max_tokens:
             raise Unfit(
-                f"the pair {row[0][:40]!r} is {len(example[0])} and {len(example[1])} tokens; "
+                f"the pair {row[0][:40]!r} is {inner} and {told} tokens; "
                 f"the model takes 1 to {tools.max_tokens}: raise max_tokens"
             )
-        return [example]
+        return [(source, target)]
 
     def sizes(self, example: Example) -> tuple[int, ...]:
-        return len(example[0]) + 1, len(example[1]) + 1  # each side carries one more token, EOS or BOS
+        return len(example[0]), len(example[1])
 
     def collate(self, examples: Sequence[Example], random: np.random.Generator) -> Pairs:
-        return collate(examples)
+        return shifted(examples, self.start, self.pad)
 
-    def __call__(self, model: nn.Module, batch: Pairs) -> Loss:
-        logits = model(batch.source, batch.target_in, batch.source_valid).float()  # B T V
-        log_p = F.log_softmax(logits.flatten(0, 1), -1)
+    def predict(self, model: nn.Module, batch: Pairs) -> tuple[Tensor, Tensor]:
+        logits = model(batch.source, batch.target_in, batch.source_valid).flatten(0, 1)
         labels = batch.target_out.flatten()
-        plain = F.nll_loss(log_p, labels, ignore_index=IGNORE, reduction="sum")
-        total = plain
-        if self.smoothing:
-            uniform = -log_p.mean(-1).masked_fill(labels == IGNORE, 0.0).sum()
-            total = (1 - self.smoothing) * plain + self.smoothing * uniform
-        return Loss(total, plain.detach(), batch.targets)
+        there = labels != IGNORE
+        return logits[there], labels[there]
+
+    def judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = F.log_softmax(logits.float(), -1)
+        plain = F.nll_loss(log_p, labels, reduction="sum")
+        if not self.smoothing:
+            return plain, plain.detach()
+        return (1 - self.smoothing) * plain - self.smoothing * log_p.mean(-1).sum(), plain.detach()
 
     @torch.no_grad()
     def rehearse(self, net: nn.Module, batch: Any, tools: Tools) -> None:
@@ -82,7 +88,7 @@ class Objective(Base):
         listed = references(rows)
         listed = {text: targets for text, targets in listed.items() if len(model.encode(text)) <= tools.max_tokens}
         chosen = sorted(listed, key=lambda text: hashlib.sha256(text.encode()).digest())[: recipe.test_limit]
-        kind = recipe.tokenizers.target.kind
+        kind = recipe.tokenizers.target.kind if isinstance(tools.target, Tokenizer) else "whitespace"
         scored, speed = evaluate(
             model, {text: listed[text] for text in chosen}, kind, beams=recipe.beams, penalty=recipe.penalty
         )
@@ -97,3 +103,12 @@ class Objective(Base):
             "by_length": by_length(scored),
         }
         return Score(metrics, scored)
+
+
+def _ended(tokenizer: Tokenizer | PublishedTokenizer, text: str) -> tuple[list[int], int]:
+    """A side of a pair with its ends, and how long it is to the model's limit, which leaves our own end out."""
+    if isinstance(tokenizer, Tokenizer):
+        ids = tokenizer.encode(text)
+        return [*ids, EOS], len(ids)
+    ids = tokenizer.encode(text).ids
+    return ids, len(ids)

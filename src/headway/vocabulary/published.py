@@ -25,12 +25,14 @@ _KEPT = 4  # sets of honoured specials whose tokenizer is kept
 
 
 class Encoding(NamedTuple):
-    """Token by token: id, segment, place in characters, and the text it is of (0, 1, or None for an added special)."""
+    """Token by token: id, segment, place in characters, the text it is of (0, 1, or None for an added special), and the
+    number of its word in it."""
 
     ids: list[int]
     types: list[int]
     offsets: list[tuple[int, int]]
     sequence: list[int | None]
+    words: list[int | None]
 
 
 class PublishedTokenizer:
@@ -150,6 +152,15 @@ class PublishedTokenizer:
                 pairs[i] = (whole.ids, whole.types)
         return pairs
 
+    def special(self, name: str) -> int | None:
+        """The id of an added token by its spelling, None where there is none."""
+        return next((i for i, t in self._core.get_added_tokens_decoder().items() if t.content == name), None)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of all specials."""
+        return self._special_ids
+
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """The text of some ids; special tokens are left out unless `specials`."""
         ids = self._known(ids)
@@ -245,7 +256,7 @@ class PublishedTokenizer:
         with naming("cannot encode"):
             _refuse_bytes(text, pair)
             found = core.encode(text, pair, add_special_tokens=specials)
-        return Encoding(found.ids, found.type_ids, found.offsets, found.sequence_ids)
+        return Encoding(found.ids, found.type_ids, found.offsets, found.sequence_ids, found.word_ids)
 
     def _forged(self, found: Encoding, honour: frozenset[str]) -> bool:
         """Whether a token of the text itself is a special that nobody honours."""
