@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 CHUNK, SHORT = 64, 32  # tokens of a chunk; of one whose inside costs more than what is carried on: channel, delta
-RUN = 256  # tokens at a time on a CPU: what is made of them stays in the cache, in memory used before
+RUN = 512  # tokens at a time on a CPU: what is made of them stays in the cache, in memory used before
 FORGOTTEN = -1e4  # exp of it is 0 in every precision, and unlike -inf it has differences
 
 
@@ -246,7 +246,9 @@ def _runs(size: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
 
 
 def _joined(parts: list[Tensor], length: int) -> Tensor:
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, 2))[:, :, :length]
+    """One after the other, a token's heads side by side in memory as whoever reads them next wants them."""
+    y = parts[0] if len(parts) == 1 else torch.cat([part.transpose(1, 2) for part in parts], 1).transpose(1, 2)
+    return y[:, :, :length]
 
 
 def _chunk_size(length: int, most: int, halved: bool) -> int:
@@ -288,18 +290,17 @@ def _by_channel(q: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Te
     no quotient is among them, and none is above one.
     """
     share = decay.to(_wide(decay)).exp()
-    scores = (q * k).sum(-1)[..., None, None]  # of blocks of one token: ... C 1 1
+    scores = (q * k).sum(-1).diag_embed()
     since, until = share * q, k.to(share.dtype, copy=True)
     for half in reversed(_halvings(q.shape[-2])):
         late, early = since.unflatten(-2, (-1, 2, half))[..., 1, :, :], until.unflatten(-2, (-1, 2, half))[..., 0, :, :]
         late, early = late.to(q.dtype), early.to(q.dtype)
         across = late @ early.mT if half > 1 else (late * early).sum(-1, keepdim=True)
-        first, second = scores.unflatten(-3, (-1, 2)).unbind(-3)
-        upper = torch.cat([first, torch.zeros_like(across)], -1)
-        scores = torch.cat([upper, torch.cat([across, second], -1)], -2)
+        blocks = scores.unflatten(-1, (-1, 2 * half)).unflatten(-3, (-1, 2 * half)).diagonal(dim1=-4, dim2=-2)
+        blocks[..., half:, :half, :] = across.movedim(-3, -1)
         before, after = share.unflatten(-2, (-1, 2)).unbind(-2)
         since, until, share = _faded(since, half, 1, before), _faded(until, half, 0, after), before * after
-    return scores.squeeze(-3), since.to(q.dtype), until.to(q.dtype), share.mT
+    return scores, since.to(q.dtype), until.to(q.dtype), share.mT
 
 
 def _faded(t: Tensor, half: int, which: int, share: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class Linear(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, before: Tensor | None
     ) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K W"]]:
         """A column of ones beside the values sums up the weights, in the outputs as in the state."""
-        q, k, v = F.elu(q) + 1, F.elu(k) + 1, F.pad(v, (0, 1), value=1.0)
+        q, k, v = F.elu(q).add_(1), F.elu(k).add_(1), F.pad(v, (0, 1), value=1.0)
         if mask.valid is not None:
             k = k.masked_fill(~mask.valid[:, None, :, None], 0.0)
         if mask.causal:

@@ -86,7 +86,7 @@ class Ssm(Mixer):
         v, k, q = F.silu(mixed).split([self.inner, *[self.groups * self.state_size] * 2], -1)
         v = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         y, after = self._scanned(self._spread(q), self._spread(k), v, step, mask, before)
-        y = (y + self.skip[:, None, None] * v).transpose(1, 2).flatten(2) * F.silu(gate)
+        y = (self.skip[:, None] * v.transpose(1, 2)).add_(y.transpose(1, 2)).flatten(2) * F.silu(gate)
         y = F.rms_norm(y.unflatten(-1, (self.groups, -1)), (self.inner // self.groups,), eps=1e-5).flatten(2)
         return self.out(self.scale * y), after, tail
 
