@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headway.attend import Glance
+from headway.loaded import Facts as Told
+from headway.loaded import Loaded
 from headway.models import decoder
 from headway.probe.capture import Place, Seen, capture
 from headway.probe.maps import TILE_BYTES
@@ -215,15 +217,15 @@ def _induction(look: Look) -> dict[Place, Tensor]:
     net = getattr(look.net, "_orig_mod", look.net)
     if not isinstance(net, decoder.Model):
         return {}
-    facts = getattr(look.model, "facts", None)
-    limit = getattr(facts, "max_tokens", None) or 2 * REPEATED + 1
-    count = min(REPEATED, (limit - 1) // 2)
+    facts = look.model.facts if isinstance(look.model, Loaded) else Told()
+    vocab = (look.model.vocab if isinstance(look.model, Loaded) else None) or net.embedding.num_embeddings
+    most = [facts.max_tokens, getattr(net.stack.positions, "length", None)]  # learned positions end somewhere
+    count = min([REPEATED, vocab] + [(length - 1) // 2 for length in most if length is not None])
     if count < FEWEST:
         return {}
-    device = net.embedding.weight.device
-    drawn = torch.randint(net.embedding.num_embeddings, (count,), generator=torch.Generator().manual_seed(0))
-    begin = [] if facts is None or facts.bos is None else [facts.bos]
-    ids = torch.tensor([[*begin, *drawn.tolist(), *drawn.tolist()]], device=device)
+    drawn = torch.randperm(vocab, generator=torch.Generator().manual_seed(0))[:count]
+    begin = [] if facts.bos is None else [facts.bos]
+    ids = torch.tensor([[*begin, *drawn.tolist(), *drawn.tolist()]], device=net.embedding.weight.device)
     second = slice(len(begin) + count, ids.shape[1])
     _, seen = capture(look.net, lambda: look.net(ids))
     found = {}
