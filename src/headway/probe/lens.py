@@ -62,8 +62,8 @@ def lens(look: Look, *, head: str | None = None, stack: str | None = None) -> Le
 
 
 def outcome(look: Look, head: str | None = None) -> Tensor:
-    """Runs the model again: what its head (`head`, or "lm", or the only one) makes of its states, or, of a model
-    without one, what `forward` gives; of an encoder-decoder the logits."""
+    """Runs the model again: what its head (`head`, or "lm", or the only one with outputs) makes of its states, or, of a
+    model without one, what `forward` gives: the states, an encoder-decoder's logits, the scores of two towers."""
     return _head(look, head)(look.rerun())
 
 
@@ -75,7 +75,7 @@ def _head(look: Look, name: str | None, every: bool = False) -> Callable[[Tensor
             raise ValueError(f"this model has no head {name or 'that reads every token'}: give one with such a head")
         return lambda output: output
     heads: dict[str, Any] = dict(net.heads)
-    fit = [n for n, one in heads.items() if not every or (one.spec.pool == "none" and one.spec.outputs is not None)]
+    fit = [n for n, one in heads.items() if one.spec.outputs is not None and (one.spec.pool == "none" or not every)]
     name = name or ("lm" if "lm" in fit else fit[0] if len(fit) == 1 else None)
     if name is None and not every:
         return lambda x: x
