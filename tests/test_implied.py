@@ -24,6 +24,10 @@ CASES: list[dict[str, Any]] = [
     {"name": "fourier"},
     *({"name": "linformer", "heads": 2, "rank": 4, "length": 9, "sharing": s} for s in ("none", "headwise")),
     *({"name": "performer", "heads": 2, "features": 8, "kernel": kernel} for kernel in ("softmax", "relu")),
+    *({"name": "linear", "heads": 2, "kind": kind} for kind in ("plain", "retention", "gated", "delta")),
+    {"name": "linear", "heads": 2, "kind": "plain", "bidirectional": True},
+    {"name": "ssm", "head_dim": 8, "state_size": 4},
+    {"name": "ssm", "head_dim": 8, "state_size": 4, "groups": 2},
 ]  # fmt: skip
 CONVOLUTIONS: list[dict[str, Any]] = [
     {"name": "conv", "kernel": 3},

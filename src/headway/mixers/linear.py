@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from headway.attend import weights
 from headway.layers import residual_output
 from headway.mask import Mask
-from headway.mixers import Cost, Mixer, in_runs
+from headway.mixers import Cost, Implied, Mixer, in_runs, linear_map, without_padding
 from headway.positions import Positions
 from headway.recurrence import Steps, delta, flops, kept_bytes, recur, restart
 from headway.spec import Size
@@ -95,19 +96,49 @@ class Linear(Mixer):
     def _mixed(
         self, x: Tensor, pos: Tensor, mask: Mask, before: Tensor | None
     ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B H K W"]]:
+        x, q, k, v, gate = self._entered(x, mask)
+        y, after = self._summed(q, k, v, x, mask, pos, before)
+        return self._left(y, gate), after
+
+    def _entered(self, x: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """The tokens with padding zeroed, and their queries, keys, values (B H T D) and gates."""
         if mask.valid is not None:
             x = x.masked_fill(~mask.valid[..., None], 0.0)
         q, k, v, *gate = self.enter(x).chunk(3 if self.kind == "plain" else 4, -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        return x, q, k, F.silu(v) if self.kind == "delta" else v, gate[0] if gate else None
+
+    def _summed(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Mask, pos: Tensor, before: Tensor | None
+    ) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K W"]]:
         match self.kind:
             case "plain":
-                y, after = self._plain(q, k, v, mask, before)
+                return self._plain(q, k, v, mask, before)
             case "delta":
-                y, after = self._delta(q, k, v, x, mask, before)
-            case _:
-                y, after = self._decayed(q, k, v, x, mask, pos, before)
+                return self._delta(q, k, v, x, mask, before)
+        return self._decayed(q, k, v, x, mask, pos, before)
+
+    def _left(self, y: Float[Tensor, "B H T V"], gate: Tensor | None) -> Float[Tensor, "B T C"]:
         y = y.transpose(1, 2)  # B T H V
-        return self.out(self.norm(y).flatten(2) * F.silu(gate[0]) if gate else y.flatten(2)), after
+        return self.out(y.flatten(2) if gate is None else self.norm(y).flatten(2) * F.silu(gate))
+
+    def implied(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        context: Float[Tensor, "B S C"] | None = None,
+        rows: slice | None = None,
+    ) -> Implied:
+        """The map from values to outputs that the sums amount to, beside the softmax where there are shares of one."""
+        self.require(mask, context=context)
+        x, q, k, v, gate = self._entered(x, mask)
+        found = linear_map(lambda v: self._summed(q, k, v, x, mask, pos, None)[0], v, x.shape[1], rows)
+        exact, run = None, rows or slice(None)
+        if self.kind == "plain":
+            exact = without_padding(weights(q[:, :, run], k, mask, q_pos=pos[:, run], k_pos=pos), mask, None, rows)
+        return Implied(without_padding(found, mask, None, rows), v, lambda y: self._left(y, gate), exact)
 
     def _plain(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, before: Tensor | None
@@ -141,7 +172,7 @@ class Linear(Mixer):
         _, decay = self.steps(rate)
         q, k = (F.normalize(F.silu(t), dim=-1) for t in (q, k))
         beta = beta.transpose(1, 2).sigmoid()
-        return delta(q, k, F.silu(v), beta, decay=_masked(decay, mask), state=before)
+        return delta(q, k, v, beta, decay=_masked(decay, mask), state=before)
 
     def init_state(self, batch: int, capacity: int, cross: bool = False) -> State:
         if self.bidirectional:

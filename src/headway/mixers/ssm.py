@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from headway.layers import residual_output
 from headway.mask import Mask
-from headway.mixers import Cost, Mixer, in_runs
+from headway.mixers import Cost, Implied, Mixer, in_runs, linear_map, without_padding
 from headway.positions import Positions
 from headway.recurrence import Steps, flops, kept_bytes, recur, restart
 from headway.spec import Size
@@ -79,16 +79,41 @@ class Ssm(Mixer):
     def _mixed(
         self, x: Tensor, pos: Tensor, mask: Mask, before: Tensor | None, tail: Tensor | None
     ) -> tuple[Float[Tensor, "B T C"], Float[Tensor, "B H K V"], Float[Tensor, "B R M"]]:
+        gate, q, k, v, step, tail = self._entered(x, mask, tail)
+        y, after = self._scanned(q, k, v, step, mask, before)
+        y = (self.skip[:, None] * v.transpose(1, 2)).add_(y.transpose(1, 2))
+        return self._left(y, gate), after, tail
+
+    def _entered(self, x: Tensor, mask: Mask, tail: Tensor | None) -> tuple[Tensor, ...]:
+        """What gates, reads (B G T N), writes (B G T N) and is written (B H T V), the steps, and the stream's tail."""
         if mask.valid is not None:
             x = x.masked_fill(~mask.valid[..., None], 0.0)  # no bias: the convolution sees zeros too
         gate, mixed, step = self.enter(x).split([self.inner, self.mixed, self.heads], -1)
         mixed, tail = self._convolved(mixed, tail, mask.segments)
         v, k, q = F.silu(mixed).split([self.inner, *[self.groups * self.state_size] * 2], -1)
-        v = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        y, after = self._scanned(self._spread(q), self._spread(k), v, step, mask, before)
-        y = (self.skip[:, None] * v.transpose(1, 2)).add_(y.transpose(1, 2)).flatten(2) * F.silu(gate)
+        return gate, self._spread(q), self._spread(k), v.unflatten(-1, (self.heads, -1)).transpose(1, 2), step, tail
+
+    def _left(self, y: Float[Tensor, "B T H V"], gate: Tensor) -> Float[Tensor, "B T C"]:
+        y = y.flatten(2) * F.silu(gate)
         y = F.rms_norm(y.unflatten(-1, (self.groups, -1)), (self.inner // self.groups,), eps=1e-5).flatten(2)
-        return self.out(self.scale * y), after, tail
+        return self.out(self.scale * y)
+
+    def implied(
+        self,
+        x: Float[Tensor, "B T C"],
+        *,
+        mask: Mask,
+        pos: Int[Tensor, "B T"],
+        context: Float[Tensor, "B S C"] | None = None,
+        rows: slice | None = None,
+    ) -> Implied:
+        """The semiseparable matrix of each head, C_t^T exp(sum of decays) B_s step_s, and D on its diagonal."""
+        self.require(mask, context=context)
+        gate, q, k, v, step, _ = self._entered(x, mask, None)
+        found = linear_map(lambda v: self._scanned(q, k, v, step, mask, None)[0], v, x.shape[1], rows)
+        own = torch.eye(x.shape[1], dtype=found.dtype, device=x.device)[rows or slice(None)]
+        found = without_padding(found + self.skip[:, None, None] * own, mask, None, rows)
+        return Implied(found, v, lambda y: self._left(y.transpose(1, 2), gate))
 
     def _scanned(
         self, q: Tensor, k: Tensor, v: Tensor, step: Tensor, mask: Mask, before: Tensor | None
