@@ -196,7 +196,7 @@ def recurrences(named: dict[str, Any], whole: bool) -> Callable[[int], tuple[Sid
 
         if whole:
             return chunked, Side(stepwise, chunked.leaves)
-        with torch.no_grad():
+        with torch.no_grad(), mock.patch.object(mixers, "RUN", length):  # all tokens in one call
             stepwise()
         given, more = ([t.requires_grad_() for t in seen[0][0]], dict(seen[0][1]))
         leaves = [*given, *(t.requires_grad_() for t in more.values() if isinstance(t, Tensor))]

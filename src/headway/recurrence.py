@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-CHUNK, SHORT = 64, 32  # tokens of a chunk; of one whose inside costs more than what is carried on: channel, delta
+CHUNK, SHORT = 64, 32  # tokens of a chunk; under the delta rule, whose inside costs more than what is carried on
 RUN = 512  # tokens at a time on a CPU: what is made of them stays in the cache, in memory used before
 FORGOTTEN = -1e4  # exp of it is 0 in every precision, and unlike -inf it has differences
 
@@ -61,7 +61,7 @@ def recur(
         return stepwise(q, k, v, decay=decay, state=state)
     if decay is not None and decay.ndim == 4:
         q, k, channel = q.expand(decay.shape), k.expand(decay.shape), True
-    size = _chunk_size(length, chunk or (SHORT if channel else CHUNK), channel)
+    size = _chunk_size(length, chunk or CHUNK, channel)
     outputs = []
     for part in _runs(size, q, k, v, decay):
         y, state = _run(state, size, *part)
@@ -83,7 +83,7 @@ def _run(
         y = scores.to(v.dtype) @ v
         read, last = _between(since, until, v, keep, state)
     else:
-        if decay.stride(2) == 0 and whole and not decay.requires_grad:
+        if decay.stride(2) == 0 and whole and not (decay.requires_grad and torch.is_grad_enabled()):
             decay = decay[:, :, :size]  # the same of all tokens, so of all chunks
         within, since, until = _by_head(_chunks(decay, size))
         y = (within.to(q.dtype) * (q @ k.mT)) @ v
@@ -232,7 +232,7 @@ def restart(decay: Tensor, segments: Int[Tensor, "B T"]) -> Tensor:
 
 
 def _usual(kind: str) -> int:
-    return SHORT if kind in ("channel", "delta") else CHUNK
+    return SHORT if kind == "delta" else CHUNK
 
 
 def _runs(size: int, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
