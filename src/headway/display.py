@@ -7,12 +7,14 @@ import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from headway import machine
 from headway.train.loop import Status
 
 if TYPE_CHECKING:
@@ -32,8 +34,19 @@ class _Left(ProgressColumn):
         return Text("-:--" if not math.isfinite(left) else f"{int(left) // 60}:{int(left) % 60:02d} left", "cyan")
 
 
+class _Memory(ProgressColumn):
+    """The most memory held so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = machine.Peak()
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{self.most.bytes / 2**20:,.0f} MiB")
+
+
 class Live:
-    """A bar a model: loss, tokens a second, time left. Lines of text go above the bars."""
+    """A bar a model: loss, tokens a second, share of the machine's peak, memory, time left. Lines go above the bars."""
 
     def __init__(self) -> None:
         self.progress = Progress(
@@ -42,11 +55,14 @@ class Live:
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("loss {task.fields[loss]:.3f}"),
             TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            TextColumn("{task.fields[share]}"),
+            _Memory(),
             _Left(),
             console=console,
             refresh_per_second=4,
         )
         self.tasks: dict[str, Any] = {}
+        self.peak: float | None = None
 
     def __enter__(self) -> Live:
         self.progress.start()
@@ -62,14 +78,24 @@ class Live:
     def watch(self, name: str, status: Status) -> None:
         """One step of the model `name`."""
         if name not in self.tasks:
-            self.tasks[name] = self.progress.add_task(name, total=1.0, loss=math.nan, speed=0.0, left=math.inf)
+            self.tasks[name] = self.progress.add_task(name, total=1.0, loss=math.nan, speed=0, share="", left=math.inf)
         self.progress.update(
             self.tasks[name],
+            share=self._share(status),
             completed=status.fraction,
             loss=status.loss,
             speed=status.tokens_per_second,
             left=status.seconds_left,
         )
+
+    def _share(self, status: Status) -> str:
+        """Of what this machine can do: its products in the model's precision, measured at the first step."""
+        if not console.is_terminal or not status.flops_per_second:
+            return ""
+        if self.peak is None:
+            dtype = torch.bfloat16 if status.bf16 else torch.float32
+            self.peak = machine.gemm_peak(machine.device(), dtype, rounds=3)
+        return f"{status.flops_per_second / self.peak:.0%} of peak"
 
 
 class RowsLive:
@@ -218,6 +244,36 @@ class CostLive:
         self.progress.update(
             self.task, description=what, completed=event.done, total=event.total, count=count, left=left
         )
+
+
+def plan_table(plan: dict[str, Any]) -> None:
+    """Whether it fits, how long it takes, and what makes up either."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column(f"{plan['gpus']} x {plan['gpu']}, {plan['parallel']}", overflow="fold")
+    table.add_column("on each", justify="right")
+    for part, size in plan["memory"].items():
+        table.add_row(part, f"{size / 2**30:,.2f} GiB")
+    total, capacity = sum(plan["memory"].values()), plan["capacity"]
+    table.add_row("in all", f"{total / 2**30:,.2f} of {capacity / 2**30:,.0f} GiB")
+    table.add_row("parameters", f"{plan['parameters'] / 1e6:,.2f}M")
+    table.add_row("a step, all GPUs", f"{plan['tokens_per_step']:,} tokens, {plan['flops_per_step'] / 1e12:,.3g} TFLOP")
+    table.add_row("computing", f"{1e3 * plan['compute_seconds']:,.2f} ms")
+    sent = f"{plan['bytes_exchanged'] / 2**20:,.0f} MiB, {1e3 * plan['exchange_seconds']:,.2f} ms"
+    table.add_row("exchanging", sent)
+    table.add_row("a step in all", f"{1e3 * plan['step_seconds']:,.2f} ms, {plan['bubble']:.0%} of it waiting")
+    table.add_row("tokens a second", f"{plan['tokens_per_second']:,.0f}")
+    table.add_row("the budget", f"{plan['steps']:,} steps, {_hours(plan['seconds'])}")
+    console.print(table)
+    if plan["fits"]:
+        console.print("It fits.")
+    else:
+        console.print("It does NOT fit: lower batch_tokens, or set activation_checkpointing=true or parallel=fsdp.")
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def cost_summary(results: dict[str, Any]) -> None:

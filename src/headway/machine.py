@@ -48,12 +48,12 @@ def versions() -> dict[str, str]:
     return {"headway": headway.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def gemm_peak(on: torch.device | None = None) -> float:
-    """fp32 FLOP/s of a large matrix product, the best of eight: what this machine can do."""
+def gemm_peak(on: torch.device | None = None, dtype: torch.dtype = torch.float32, rounds: int = 8) -> float:
+    """FLOP/s of a large matrix product, the best of `rounds`: what this machine can do."""
     on = on or torch.device("cpu")
     size = 2048 if on.type == "cpu" else 8192
-    a, seconds = torch.randn(size, size, device=on), []
-    for _ in range(9):
+    a, seconds = torch.randn(size, size, device=on).to(dtype), []
+    for _ in range(rounds + 1):
         synchronise(on)
         began = time.perf_counter()
         a @ a

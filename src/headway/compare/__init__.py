@@ -16,13 +16,13 @@ from headway import recipe as recipes
 from headway.data.sources import references
 from headway.hub import Loaded, safe_name
 from headway.machine import hardware, versions
+from headway.objectives._rates import Scored
 from headway.probe.alignment import cross_maps
 from headway.recipe import Recipe
 from headway.store import write_text
 from headway.text import BOS, EOS
 from headway.train import Watch, check_run, open_run, rehearse, run_entry
 from headway.train.data import Prepared, prepare
-from headway.objectives._rates import Scored
 
 SAMPLES = 12
 ALIGNED = 4
@@ -65,7 +65,7 @@ def compare(
     for name, entry in read.models.items():
         result = run_entry(
             read, name, entry, prepared, folder / name, resume=resume, watch=watch,
-            after=lambda model, scored: _look(model, scored, inputs),
+            after=lambda model, scored: _look(model, scored, inputs), note=note,
         )  # fmt: skip
         results["models"].append(result)
     write_text(folder / "results.json", json.dumps(results, indent=1))

@@ -14,7 +14,8 @@ from headway import recipe as recipes
 from headway.hub import Loaded, safe_name
 from headway.machine import Peak, hardware, versions
 from headway.recipe import Entry, Recipe
-from headway.store import read_json, write_text
+from headway.store import read_json, sweep, write_text
+from headway.train.card import card
 from headway.train.data import Prepared, prepare
 from headway.train.loop import Interrupted, Status, Trainer
 from headway.train.network import network, spec_of
@@ -38,7 +39,8 @@ def train(
 ) -> dict[str, Any]:
     """Trains the one model of a recipe in `out` (default `runs/NAME`) and returns what it reached and cost.
 
-    The folder then holds `model/`, `result.json`, `log.jsonl` and the last checkpoints; `headway.load(out)` uses it.
+    The folder then holds `model/`, `result.json`, `card.json` (all that one needs to have it again), `log.jsonl` and
+    the last checkpoints; `headway.load(out)` uses it.
     """
     read = recipes.read(recipe, overrides)
     if read.model is None:
@@ -56,7 +58,7 @@ def train(
         if ranks.first:
             open_run(folder, read, overwrite=overwrite)
         ranks.wait()
-        return run_entry(read, "model", entry, prepared, folder, resume=resume, watch=watch, ranks=ranks)
+        return run_entry(read, "model", entry, prepared, folder, resume=resume, watch=watch, ranks=ranks, note=note)
 
 
 def _check_ranks(recipe: Recipe, ranks: int) -> None:
@@ -73,7 +75,8 @@ def check_run(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) ->
     if resume and overwrite:
         raise ValueError("--resume goes on with a run and --overwrite removes it: choose one")
     path = folder / "recipe.json"
-    if folder.is_dir() and any(file != path for file in folder.iterdir()):  # a recipe alone is a run that never began
+    # a recipe alone is a run that never began; one half written, of a run that was killed even before
+    if folder.is_dir() and any(file != path and file.suffix != ".part" for file in folder.iterdir()):
         if not path.is_file():
             raise ValueError(f"{folder}: is not empty and holds no run, so it is left alone; choose another --out")
         if not (resume or overwrite):
@@ -91,6 +94,7 @@ def open_run(folder: Path, recipe: Recipe, *, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be the folder of a run ({error.strerror}); choose another --out") from None
+    sweep(folder)
     write_text(folder / "recipe.json", json.dumps(_record(recipe), indent=1))
 
 
@@ -117,6 +121,7 @@ def run_entry(
     watch: Watch = lambda name, status: None,
     after: Callable[[Loaded, list[Any]], dict[str, Any]] = lambda model, scored: {},
     ranks: Ranks | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Trains and tests one model; `after` may add to the result. A finished one is not trained again on resume."""
     done = folder / "result.json"
@@ -135,7 +140,9 @@ def run_entry(
         ranks,
     )
     if resume:
-        trainer.resume()
+        trainer.resume(note)
+    if ranks.first and not (folder / "card.json").is_file():
+        write_text(folder / "card.json", json.dumps(card(recipe, trainer, prepared.fingerprint), indent=1))
     model = trainer.fit()
     memory = peak.bytes
     valid_loss = trainer.valid_loss(prepared.valid)
@@ -145,6 +152,7 @@ def run_entry(
         return read_json(done, dict)
     held_out = prepared.splits.test or prepared.splits.valid
     metrics, scored = prepared.objective.score(model, held_out, prepared.tools, recipe)
+    metrics = {**metrics, **prepared.objective.baseline(prepared.splits.train, held_out, recipe)}
     progress = trainer.progress
     result = {
         "name": name,

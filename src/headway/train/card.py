@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -12,34 +14,42 @@ from typing import Any
 
 import msgspec
 
-from headway.data.sources import files_of
 from headway.machine import hardware, versions
 from headway.recipe import Recipe
+from headway.train.loop import Trainer
 
 PACKAGES = ("numpy", "safetensors", "tokenizers", "msgspec")
 
 
-def card(recipe: Recipe, spec: dict[str, Any], fingerprint: str, parameters: int, precision: str) -> dict[str, Any]:
+def card(recipe: Recipe, trainer: Trainer, fingerprint: str) -> dict[str, Any]:
     """Spec, recipe, seed, data, versions, hardware, command and commit. `fingerprint` is of every encoded row."""
     named = (recipe.data.source, recipe.data.valid, recipe.data.test)
-    files = [file for one in named if one is not None for file in files_of(one)]
+    files = [file for one in named if one is not None for file in _files(one)]
     return {
         "name": recipe.name,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "seed": recipe.seed,
-        "precision": precision,
-        "parameters": parameters,
+        "precision": recipe.precision if recipe.precision != "auto" else "bf16" if trainer.bf16 else "fp32",
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "ranks": trainer.ranks.size,
         "data": {
             "fingerprint": fingerprint,
-            "files": [{"path": str(f), "bytes": f.stat().st_size, "sha256": _sha256(f)} for f in files],
+            "files": [{"path": str(f), "bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(files)],
         },
         "commit": commit(Path.cwd()),
         "versions": {**versions(), **{name: metadata.version(name) for name in PACKAGES}},
         "hardware": hardware(),
-        "spec": spec,
+        "spec": trainer.spec,
         "recipe": msgspec.to_builtins(recipe),
     }
+
+
+def _files(source: str) -> list[Path]:
+    """The files that a source names, or that lie in its folder; none where it is a built-in set."""
+    path = Path(os.path.expanduser(source))
+    found = path.rglob("*") if path.is_dir() else [path] if path.is_file() else map(Path, glob.glob(str(path)))
+    return [file for file in found if file.is_file()]
 
 
 def commit(folder: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Half:
@@ -19,7 +19,8 @@ class Half:
         buffers = dict(model.named_buffers())
         shared = {id(buffer): buffer for buffer in buffers.values()}
         self.net = copy.deepcopy(model, dict(shared))  # what the memo holds is not copied
-        self.own, self.copies = list(model.parameters()), list(self.net.parameters())
+        self.own: list[Tensor] = list(model.parameters())
+        self.copies: list[Tensor] = list(self.net.parameters())
         for parameter in self.copies:
             parameter.data = parameter.data.to(torch.bfloat16)
 

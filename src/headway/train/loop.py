@@ -31,6 +31,7 @@ from headway.train import checkpoint, recompute
 from headway.train import watch as watching
 from headway.train.average import Average
 from headway.train.checkpoint import Progress
+from headway.train.compiled import compile_feedforwards, told
 from headway.train.data import Prepared, all_of
 from headway.train.half import Half
 from headway.train.network import network, spec_of
@@ -48,13 +49,16 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Status:
-    """What a watcher sees after each step: loss in nats a token (smoothed), share of the budget, seconds left."""
+    """What a watcher sees after each step: loss in nats a token (smoothed), share of the budget, seconds left; the
+    FLOPs a second of its matrix products (forward counted once by PyTorch, times three), and whether they are bf16."""
 
     step: int
     fraction: float
     loss: float
     tokens_per_second: float
     seconds_left: float
+    flops_per_second: float = 0.0
+    bf16: bool = False
 
 
 class Trainer:
@@ -89,12 +93,17 @@ class Trainer:
             recompute.recompute(self.model)
         self.half = self._half() if recipe.precision == "pure-bf16" else None
         self.net = self.half.net if self.half else self.model  # what runs forward and back
+        if recipe.compile:
+            compile_feedforwards(self.net)
         self.log: list[str] = []
 
     def fit(self) -> Loaded:
         """Trains to the end of the budget and returns the best model seen, by validation loss."""
         self.model.train()
         self.net.train()
+        self.flops_per_token = watching.flops_per_token(
+            self.objective, self.model, self.prepared.batches.batch(self.ranks.rank).to(self.device)
+        )
         saved = time.monotonic()
         with _listening() as asked, self._stream() as self.stream:
             while self._fraction() < 1.0:
@@ -139,7 +148,8 @@ class Trainer:
         # gradients are averaged over the ranks, and shall be summed
         if self.half:
             self.half.refresh()
-        sums = self.objective.backward(self.net, batches, targets / self.ranks.size, self._scope)
+        with told() if self.recipe.compile else nullcontext():
+            sums = self.objective.backward(self.net, batches, targets / self.ranks.size, self._scope)
         plain, count = self.ranks.sum(*sums)
         norm = float(whole({"": nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer.clip)})[""])
         value = plain / count
@@ -198,7 +208,9 @@ class Trainer:
         spent, fraction = self.progress.seconds, self._fraction()
         left = spent / fraction - spent if fraction else math.inf
         speed = self.progress.tokens / max(spent, 1e-9)
-        return Status(self.progress.step, fraction, self.progress.loss, speed, left)
+        return Status(
+            self.progress.step, fraction, self.progress.loss, speed, left, speed * self.flops_per_token, self.bf16
+        )
 
     def _evaluate(self) -> None:
         """One point of the learning curve; the best weights so far are kept."""

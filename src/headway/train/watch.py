@@ -11,7 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from headway.recipe import Recipe
 from headway.store import write_folder
@@ -38,6 +40,15 @@ def fault(recipe: Recipe, step: int, value: float, norm: float, mean: float, spr
             f"{mean:.4g} are {limit:.4g},"
         )
     return None
+
+
+@torch.no_grad()
+def flops_per_token(objective: Any, model: nn.Module, batch: Any) -> float:
+    """FLOPs of training on a token of this batch, by PyTorch's counter of one forward pass, times three. It sees matrix
+    products, but not into fused attention: what it gives is what is called 6 N for a decoder."""
+    with FlopCounterMode(display=False) as counter:
+        objective(model, batch)
+    return 3.0 * counter.get_total_flops() / max(1, batch.tokens)
 
 
 def keep(folder: Path, step: int, first: int, stride: int, batches: Sequence[Any], why: str) -> Path:
