@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from headway.attend import Glance
 from headway.loaded import Loaded
 from headway.mask import Mask
 from headway.probe import maps
@@ -61,6 +63,7 @@ class Look:
         self.places: list[Place] = [seen.place for seen in self.seen]
         self.tokens = {side: rows[0] for side, rows in reading.labels.items()}
         self.written = reading.written
+        self._last: tuple[Seen, int, Glance] | None = None
 
     @property
     def net(self) -> Any:
@@ -80,11 +83,21 @@ class Look:
         `slot`: "self" where the layer has such a mixer."""
         return maps.find(self.seen, layer, stack, slot)
 
+    def _call(self, layer: int, head: int, stack: str | None, slot: str | None, row: int) -> Glance:
+        """The call of a place taken apart; the last one is kept, as the heads of a layer are asked for together."""
+        seen = self.at(layer, stack=stack, slot=slot)
+        maps.check(seen, head, row)
+        if self._last is None or self._last[0] is not seen or self._last[1] != row:
+            self._last = None  # its memory is free before more is taken
+            with torch.no_grad():
+                self._last = (seen, row, seen.glance().of(row))
+        return self._last[2]
+
     def map(
         self, layer: int, head: int, *, stack: str | None = None, slot: str | None = None, row: int = 0
     ) -> Float[Tensor, "T S"]:
         """The attention weights of a head; rows sum to one, or are zero where nothing may be seen."""
-        return maps.whole(self.at(layer, stack=stack, slot=slot), head, row)
+        return maps.whole(self._call(layer, head, stack, slot, row), head)
 
     def rows(
         self,
@@ -98,19 +111,19 @@ class Look:
         row: int = 0,
     ) -> Float[Tensor, "R S"]:
         """The same of the tokens from `start` to before `stop` alone."""
-        return maps.some(self.at(layer, stack=stack, slot=slot), head, row, start, stop)
+        return maps.some(self._call(layer, head, stack, slot, row), head, start, stop)
 
     def top(
         self, layer: int, head: int, k: int, *, stack: str | None = None, slot: str | None = None, row: int = 0
     ) -> maps.Top:
         """The `k` keys that each token looks at most, `Float[T k]` of weights and `Int[T k]` of keys."""
-        return maps.top(self.at(layer, stack=stack, slot=slot), head, row, k)
+        return maps.top(self._call(layer, head, stack, slot, row), head, k)
 
     def blocks(
         self, layer: int, head: int, size: int, *, stack: str | None = None, slot: str | None = None, row: int = 0
     ) -> Float[Tensor, "I J"]:
         """What share of the look of each `size` tokens falls on each `size` keys; rows sum to one, as a map's do."""
-        return maps.blocks(self.at(layer, stack=stack, slot=slot), head, row, size)
+        return maps.blocks(self._call(layer, head, stack, slot, row), head, size)
 
     def heads(self, row: int = 0) -> list[Head]:
         """What each head does: entropy, distance, and the pattern that holds with its score (`patterns.PATTERNS`)."""

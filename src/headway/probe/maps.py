@@ -46,8 +46,8 @@ def find(seen: Sequence[Any], layer: int, stack: str | None, slot: str | None) -
     raise ValueError(f"look: layer {layer} of '{stack}' has no '{slot}' mixer; it has {slots}")
 
 
-def glance(seen: Seen, head: int, row: int) -> Glance:
-    """The call of a place, one row of it, once it is known that there is such a head and a map."""
+def check(seen: Seen, head: int, row: int) -> None:
+    """A ValueError where a place has no such head, or forms no map at all."""
     place = seen.place
     where = f"layer {place.layer} of '{place.stack}'"
     if not place.has_maps:
@@ -57,8 +57,6 @@ def glance(seen: Seen, head: int, row: int) -> Glance:
         raise ValueError(f"look: no head {head} in {where}, whose heads are 0 to {place.heads - 1}")
     if not 0 <= row < len(seen.x):
         raise ValueError(f"look: no row {row}; the rows of this batch are 0 to {len(seen.x) - 1}")
-    with torch.no_grad():
-        return seen.glance().of(row)
 
 
 def tiles(glance: Glance, heads: int = 1) -> Iterator[slice]:
@@ -70,18 +68,17 @@ def tiles(glance: Glance, heads: int = 1) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def some(seen: Seen, head: int, row: int, start: int, stop: int) -> Float[Tensor, "R S"]:
+def some(given: Glance, head: int, start: int, stop: int) -> Float[Tensor, "R S"]:
     """See `Look.rows`."""
-    queries = seen.x.shape[1]
+    queries = given.q.shape[2]
     if not 0 <= start < stop <= queries:
         raise ValueError(f"look: rows {start} to {stop} of {queries} tokens: 0 <= start < stop <= {queries}")
-    return _rows(glance(seen, head, row), head, slice(start, stop))
+    return _rows(given, head, slice(start, stop))
 
 
 @torch.no_grad()
-def whole(seen: Seen, head: int, row: int) -> Float[Tensor, "T S"]:
+def whole(given: Glance, head: int) -> Float[Tensor, "T S"]:
     """See `Look.map`."""
-    given = glance(seen, head, row)
     found = given.q.new_empty(given.q.shape[2], given.k.shape[2], dtype=_dtype(given))
     for tile in tiles(given):
         found[tile] = _rows(given, head, tile)
@@ -89,9 +86,8 @@ def whole(seen: Seen, head: int, row: int) -> Float[Tensor, "T S"]:
 
 
 @torch.no_grad()
-def top(seen: Seen, head: int, row: int, k: int) -> Top:
+def top(given: Glance, head: int, k: int) -> Top:
     """See `Look.top`."""
-    given = glance(seen, head, row)
     if not 1 <= k <= given.k.shape[2]:
         raise ValueError(f"look: the {k} largest of {given.k.shape[2]} weights: k is 1 to {given.k.shape[2]}")
     parts = [_rows(given, head, tile).topk(k) for tile in tiles(given)]
@@ -99,9 +95,8 @@ def top(seen: Seen, head: int, row: int, k: int) -> Top:
 
 
 @torch.no_grad()
-def blocks(seen: Seen, head: int, row: int, size: int) -> Float[Tensor, "I J"]:
+def blocks(given: Glance, head: int, size: int) -> Float[Tensor, "I J"]:
     """See `Look.blocks`."""
-    given = glance(seen, head, row)
     if size < 1:
         raise ValueError(f"look: blocks of {size} tokens: size is 1 or more")
     queries, keys = given.q.shape[2], given.k.shape[2]

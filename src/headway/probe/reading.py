@@ -226,7 +226,8 @@ def _pixels(loaded: Loaded | None, picture: Any, body: Any) -> Tensor:
     if isinstance(picture, Tensor) and picture.ndim == 4 and picture.is_floating_point():
         return picture.to(like.device)
     if loaded is None or loaded.image is None:
-        raise ValueError("look: this model takes pixels, (rows, channels, height, width): headway.image makes them")
+        what = "a bare module" if loaded is None else "this model, which came without a preprocessor_config.json,"
+        raise ValueError(f"look: {what} reads pixels, (rows, channels, height, width): headway.image makes them")
     from headway.image import pixels
 
     if not isinstance(picture, Sequence) or isinstance(picture, str | bytes | PathLike):
