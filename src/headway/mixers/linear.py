@@ -158,7 +158,7 @@ class Linear(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, mask: Mask, pos: Tensor, before: Tensor | None
     ) -> tuple[Float[Tensor, "B H T V"], Float[Tensor, "B H K V"]]:
         if self.kind == "gated":
-            decay = F.logsigmoid(self.forget(x)) / RANK
+            decay = F.logsigmoid(self.forget(x)).div_(RANK)
             decay = decay.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         else:
             q, k = self.positions.rotate(q, pos), self.positions.rotate(k, pos)
