@@ -360,7 +360,7 @@ def test_words_are_classified_as_by_transformers(made: Any) -> None:
 def test_words_are_whole_and_in_characters_of_the_text(made: Any) -> None:
     _, model, _ = made("BertForTokenClassification", id2label=NER, label2id={v: k for k, v in NER.items()})
     text = "  Cats, anna's  Xyz"
-    found = [text[start:end] for start, end, _ in words(model, text, model.tokenizer.encode(text).ids)]
+    found = [text[start:end] for start, end, _ in words(model.tokenizer, text, model.tokenizer.encode(text).ids)]
     assert found == ["Cats", ",", "anna", "'", "s", "Xyz"]
 
 
@@ -368,7 +368,7 @@ def test_words_behind_a_cut_get_no_label_of_the_end_mark(made: Any) -> None:
     _, model, _ = made("BertForTokenClassification", id2label=NER, label2id={v: k for k, v in NER.items()})
     text = " ".join(["cat"] * 60)
     ids = model.inputs([text], truncate=True).ids[0].tolist()
-    assert len(ids) == 40 and len(list(words(model, text, ids))) == 38  # the first and the last are marks
+    assert len(ids) == 40 and len(list(words(model.tokenizer, text, ids))) == 38  # the first and the last are marks
     labels = model.classify([text], truncate=True)[0]
     assert all(span.end <= len(" ".join(["cat"] * 38)) for span in labels)
 

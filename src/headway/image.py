@@ -245,9 +245,7 @@ def pixels(images: Sequence[Any], spec: ImageSpec) -> Float[Tensor, "B 3 H W"]:
         raise ValueError(f"pictures come in a list, and this is a {type(images).__name__}: put it in one")
     if not images:
         raise ValueError("no pictures: give at least one")
-    values = np.arange(256) * spec.rescale  # in double precision, as published
-    channels = np.array([spec.mean, spec.std], np.float32)[..., None]
-    table = (values.astype(np.float32) - channels[0]) / channels[1]
+    table = levels(spec)
     out = np.empty((0, 3, 0, 0), np.float32)
     for i, source in enumerate(images):
         name = str(source) if isinstance(source, (str, os.PathLike)) else f"picture {i}"
@@ -263,6 +261,13 @@ def pixels(images: Sequence[Any], spec: ImageSpec) -> Float[Tensor, "B 3 H W"]:
         for c in range(3):
             np.take(table[c], fitted[..., c], out=out[i, c], mode="clip")
     return torch.from_numpy(out)
+
+
+def levels(spec: ImageSpec) -> Float[np.ndarray, "3 256"]:
+    """What each of a channel's 256 values becomes."""
+    values = np.arange(256) * spec.rescale  # in double precision, as published
+    channels = np.array([spec.mean, spec.std], np.float32)[..., None]
+    return (values.astype(np.float32) - channels[0]) / channels[1]
 
 
 def _fitted(image: PIL.Image.Image, spec: ImageSpec, name: str) -> UInt8[np.ndarray, "H W 3"]:

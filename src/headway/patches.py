@@ -20,7 +20,8 @@ class Patches(nn.Module):
     `image`: (height, width) that the table of positions is for, in pixels; where `patch` does not divide it, the rest
     at the right and the bottom is left out, as the convolution leaves it. `interpolate`: take pictures of any other
     size that `patch` divides; `antialias`: smooth where the grid shrinks, as DINOv2 with registers does. `mask`: a
-    token that stands for squares which are hidden (masked image modelling, 2106.08254).
+    token that stands for squares which are hidden (masked image modelling, 2106.08254). `positions`: without the table,
+    nothing tells where a square stands.
 
     Parameters: `project.weight` (width, channels * patch * patch), a Conv2d's weight flattened (`flat`), and
     `project.bias`; `tokens.NAME.weight` (1, width); `registers.weight` (registers, width); `mask.weight` (1, width);
@@ -40,6 +41,7 @@ class Patches(nn.Module):
         interpolate: bool = False,
         antialias: bool = False,
         mask: bool = False,
+        positions: bool = True,
     ) -> None:
         super().__init__()
         if not 1 <= patch <= min(image):
@@ -54,7 +56,8 @@ class Patches(nn.Module):
         self.tokens = nn.ModuleDict({name: nn.Embedding(1, width) for name in prefix})
         self.registers = nn.Embedding(registers, width) if registers else None
         self.mask = nn.Embedding(1, width) if mask else None
-        self.positions = nn.Embedding(len(prefix) + self.grid[0] * self.grid[1], width)
+        places = len(prefix) + self.grid[0] * self.grid[1]
+        self.positions = nn.Embedding(places, width) if positions else None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -71,16 +74,16 @@ class Patches(nn.Module):
     ) -> Float[Tensor, "B N C"]:
         """`hidden`: which squares the model does not see, row by row."""
         rows, columns = self._grid_of(pixels)
-        squares = self.project(_squares(pixels.to(self.positions.weight.dtype), rows, columns, self.patch))
+        squares = self.project(_squares(pixels.to(self.project.weight.dtype), rows, columns, self.patch))
         if hidden is not None:
             if self.mask is None:
                 raise ValueError("no token stands for what is hidden here: make the patches with mask=True")
             squares = torch.where(hidden[..., None], self.mask.weight, squares)
-        named, over = self._positions(rows, columns)
-        squares = squares + over
         prefix: list[Tensor] = list(self.tokens.parameters())
-        if prefix:
-            prefix = [torch.cat(prefix) + named]
+        if self.positions is not None:
+            named, over = self._positions(self.positions.weight, rows, columns)
+            squares = squares + over
+            prefix = [torch.cat(prefix) + named] if prefix else prefix
         if self.registers is not None:
             prefix.append(self.registers.weight)
         if not prefix:
@@ -102,10 +105,12 @@ class Patches(nn.Module):
             raise ValueError(f"{given} pixels are no whole number of patches of {patch}: crop or resize them before")
         return height // patch, width // patch
 
-    def _positions(self, rows: int, columns: int) -> tuple[Float[Tensor, "P C"], Float[Tensor, "N C"]]:
+    def _positions(
+        self, weight: Float[Tensor, "S C"], rows: int, columns: int
+    ) -> tuple[Float[Tensor, "P C"], Float[Tensor, "N C"]]:
         """Those of the named tokens, and those of a grid."""
         count = len(self.tokens)
-        named, over = self.positions.weight[:count], self.positions.weight[count:]
+        named, over = weight[:count], weight[count:]
         if (rows, columns) == self.grid:
             return named, over
         # in half precision the grid would shift; channels last, PyTorch 2.13 is wrong where one column is left

@@ -18,23 +18,28 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from headway.data import builtin
+from headway.data.folders import pictures
 from headway.spec import Strict
 
 Values = tuple[Any, ...]  # of one row; texts, or what a built-in set has for a picture
+MAY_BE_EMPTY = ("answer",)  # a question without an answer
 _SHOWN = 5  # skipped rows named in the notes of one file
 
 
 class DataSpec(Strict, frozen=True, kw_only=False):
     """Where the rows are.
 
-    `source` is a built-in set's name, a path or a glob. `input` to `answer` say which column or JSON key plays which
-    part; an objective reads some of them (`seq2seq`: input and target).
-    `valid` and `test` are files of their own; where one is None, its part is split off `source` by `part_of`.
+    `source` is a built-in set's name, a path, a glob, or a folder of pictures. `input` to `negative` say which column
+    or JSON key plays which part; an objective reads some of them (`seq2seq`: input and target).
+    `valid` and `test` are files of their own; where one is None, its part is split off `source` by `part_of`:
+    `held_out` percent of the rows for each. Rows alike in the column `group` (a file, an author) stay together.
+    `train_rows`: train on so many of the rows only, the same whatever the model, and fewer are a part of more.
     `lowercase` changes the first text only: in a target, case may carry meaning (X-SAMPA). `keep_stress` is cmudict's.
     """
 
@@ -50,6 +55,10 @@ class DataSpec(Strict, frozen=True, kw_only=False):
     answer: str = "answer"
     valid: str | None = None
     test: str | None = None
+    negative: str = "negative"
+    group: str | None = None
+    held_out: Annotated[int, Meta(ge=1, le=45)] = 5
+    train_rows: Annotated[int, Meta(ge=1)] | None = None
     lowercase: bool = False
     keep_stress: bool = False
     bad_rows: Literal["refuse", "skip"] = "refuse"
@@ -69,26 +78,41 @@ def load_splits(spec: DataSpec, roles: Sequence[str] = ("input", "target")) -> S
     """The rows of all three parts; `roles` are fields of the spec, whose columns make up a row, in their order."""
     if spec.bad_rows not in ("refuse", "skip"):
         raise ValueError(f"bad_rows={spec.bad_rows!r} is unknown: use 'refuse' or 'skip'")
+    if spec.lowercase and roles[0] == "image":
+        raise ValueError("data.lowercase is for texts, and these rows begin with a picture: leave it out")
     notes: list[str] = []
     own = {"valid": spec.valid, "test": spec.test}
     parts: dict[str, list[Values]] = {"train": [], "valid": [], "test": []}
-    columns = tuple(getattr(spec, role) for role in roles)
-    for row in _cased(_source(spec, roles, columns, notes), spec):
-        part = part_of(row[0])
-        parts["train" if own.get(part) is not None else part].append(row)
+    grouped = spec.group is not None or "group" in _columns_of(spec.source)
+    for row in _cased(_source(spec, (*roles, "group") if grouped else roles, notes), spec):
+        part = part_of(row[-1] if grouped else row[0], spec.held_out)
+        parts["train" if own.get(part) is not None else part].append(row[: len(roles)])
     for name, pattern in own.items():
         if pattern is not None:
-            parts[name] = list(_cased(_read(pattern, spec, columns, notes), spec))
+            parts[name] = list(_cased(_read(pattern, spec, roles, notes), spec))
     if not parts["train"]:
-        raise ValueError(f"{spec.source}: no row falls into train (90% of inputs do); give more rows")
+        raise ValueError(f"{spec.source}: no row falls into train ({100 - 2 * spec.held_out}% do); give more rows")
     notes += [f"{name} is empty: too few rows for a split by hash" for name in parts if not parts[name]]
-    return Splits(**parts, notes=notes)
+    return Splits(**{**parts, "train": fewer(parts["train"], spec.train_rows)}, notes=notes)
 
 
-def part_of(text: str) -> Literal["train", "valid", "test"]:
-    """The part an input text belongs to, for ever: 90% train, 5% valid, 5% test, by sha256."""
-    percent = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
-    return "train" if percent < 90 else "valid" if percent < 95 else "test"
+def part_of(value: Any, held_out: int = 5) -> Literal["train", "valid", "test"]:
+    """The part an input belongs to, for ever, by sha256: 90% train, 5% valid, 5% test unless `held_out` is another."""
+    percent = int.from_bytes(_digest(value)[:8], "big") % 100
+    return "train" if percent < 100 - 2 * held_out else "valid" if percent < 100 - held_out else "test"
+
+
+def fewer(rows: list[Values], count: int | None) -> list[Values]:
+    """So many of the rows, in their order: those whose inputs have the smallest hashes; all where there are no more."""
+    if count is None or count >= len(rows):
+        return rows
+    digests = [_digest(row[0]) for row in rows]
+    kept = sorted(sorted(range(len(rows)), key=lambda i: (digests[i][8:], i))[:count])
+    return [rows[i] for i in kept]
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.sha256(value.encode() if isinstance(value, str) else memoryview(value).tobytes()).digest()
 
 
 def references(pairs: Iterable[Values]) -> dict[str, list[str]]:
@@ -119,20 +143,27 @@ def _cased(rows: Iterable[Values], spec: DataSpec) -> Iterable[Values]:
     return ((row[0].lower(), *row[1:]) for row in rows) if spec.lowercase else rows
 
 
-def _source(spec: DataSpec, roles: Sequence[str], columns: tuple[str, ...], notes: list[str]) -> Iterable[Values]:
+def _columns_of(source: str) -> dict[str, str]:
+    """A built-in set's columns by role; none of anything else."""
+    known = importlib.import_module(f"{builtin.__name__}.{source}") if source in _builtins() else None
+    return getattr(known, "COLUMNS", {})
+
+
+def _source(spec: DataSpec, roles: Sequence[str], notes: list[str]) -> Iterable[Values]:
     """A built-in set takes `keep_stress` where its `rows` has that argument, and has the columns that it names."""
     known = importlib.import_module(f"{builtin.__name__}.{spec.source}") if spec.source in _builtins() else None
     takes_stress = known is not None and "keep_stress" in inspect.signature(known.rows).parameters
     if spec.keep_stress and not takes_stress:
         raise ValueError(f"keep_stress is for the source 'cmudict' only, not for {spec.source!r}: leave it out")
     if known is None:
-        return _read(spec.source, spec, columns, notes)
+        return _read(spec.source, spec, roles, notes)
     # of a built-in set, each role has its own column: {"input": "word"}
     named: dict[str, str] = getattr(known, "COLUMNS", {role: role for role in roles})
     order = list(named.values())
     chosen = []
-    for role, given in zip(roles, columns, strict=True):
-        wanted = named.get(role) if given == role else given
+    for role in roles:
+        given = getattr(spec, role)
+        wanted = named.get(role) if given in (role, None) else given
         if wanted not in order:
             raise ValueError(f"{spec.source}: no column {given!r}; it has {', '.join(map(repr, order))}")
         chosen.append(order.index(wanted))
@@ -168,7 +199,11 @@ def _files(pattern: str) -> list[Path]:
 Row = tuple[int, Values | str]
 
 
-def _read(pattern: str, spec: DataSpec, columns: tuple[str, ...], notes: list[str]) -> list[Values]:
+def _read(pattern: str, spec: DataSpec, roles: Sequence[str], notes: list[str]) -> list[Values]:
+    if "image" in roles and (folder := Path(os.path.expanduser(pattern))).is_dir():
+        return pictures(folder, roles)
+    columns = tuple(getattr(spec, role) for role in roles)
+    needed = tuple("" if role in MAY_BE_EMPTY else column for role, column in zip(roles, columns, strict=True))
     rows: list[Values] = []
     for path in _files(pattern):
         reader = _reader(path)
@@ -176,9 +211,11 @@ def _read(pattern: str, spec: DataSpec, columns: tuple[str, ...], notes: list[st
         bad: list[str] = []
         try:
             for line, row in reader(path, columns):
-                problem = row if isinstance(row, str) else _blank(row, columns)
+                problem = row if isinstance(row, str) else _blank(row, needed)
                 if not isinstance(row, str) and problem is None:
-                    kept.append(row)
+                    # a picture is named from where the file lies
+                    values = zip(roles, row, strict=True)
+                    kept.append(tuple(str(path.parent / v) if role == "image" else v for role, v in values))
                 elif spec.bad_rows == "skip":
                     bad.append(f"{path}:{line}: {problem}")
                 else:
@@ -196,7 +233,8 @@ def _read(pattern: str, spec: DataSpec, columns: tuple[str, ...], notes: list[st
 
 
 def _blank(row: Values, columns: tuple[str, ...]) -> str | None:
-    return next((f"{column!r} is empty" for column, text in zip(columns, row, strict=True) if not text.strip()), None)
+    named = zip(columns, row, strict=True)
+    return next((f"{column!r} is empty" for column, text in named if column and not text.strip()), None)
 
 
 def _readers() -> dict[str, Callable[[Path, tuple[str, ...]], Iterator[Row]]]:

@@ -17,6 +17,11 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
+def reads_pictures(kind: str) -> bool:
+    """Whether models of a kind take pixels: their file says `PICTURES = True`."""
+    return kind in names() and getattr(importlib.import_module(f"{__name__}.{kind}"), "PICTURES", False)
+
+
 def parse(spec: dict[str, Any]) -> Any:
     """The typed spec of {"kind": ..., ...}.
 

@@ -15,12 +15,14 @@ from headway.heads import Heads, HeadSpec
 from headway.patches import Patches
 from headway.spec import Size, StackSpec, Strict
 
+PICTURES = True
+
 
 class PatchSpec(Strict, frozen=True):
     """`image`: (height, width) in pixels that the positions were made for; `prefix`: learned tokens before the patches
     ("class", "distillation"); `registers`: further ones without a position (2309.16588). `interpolate`: pictures of
     other sizes are read too, the positions stretched to them, smoothly where `antialias` says so. `mask`: a token for
-    patches that are hidden."""
+    patches that are hidden. `positions`: without them the model cannot tell where a patch stands."""
 
     image: tuple[Size, Size]
     patch: Size
@@ -31,6 +33,7 @@ class PatchSpec(Strict, frozen=True):
     interpolate: bool = False
     antialias: bool = False
     mask: bool = False
+    positions: bool = True
 
 
 class Spec(Strict, frozen=True):
@@ -60,6 +63,7 @@ class Model(nn.Module):
             interpolate=p.interpolate,
             antialias=p.antialias,
             mask=p.mask,
+            positions=p.positions,
         )
         self.stack = Stack(spec.stack, spec.width, spec.dropout)
         self.heads = Heads(spec.width, spec.heads)

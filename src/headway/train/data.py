@@ -16,6 +16,7 @@ from headway.data.batches import Order
 from headway.data.examples import Examples
 from headway.data.sources import Splits, Values, load_splits
 from headway.objectives import Base, Unfit, _tools
+from headway.objectives._pictures import spec_for
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
 
@@ -50,6 +51,7 @@ def prepare(recipe: Recipe) -> Prepared:
         max_tokens=recipe.max_tokens,
         start=start,
         lender=objective.lender(),
+        image=start.image if start is not None else spec_for(_models(recipe)),
     )
     objective.ready(tools)
     encode = partial(_encode, recipe, splits, objective, tools)
@@ -79,6 +81,10 @@ def all_of(order: Order, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Any, b
     equally many: where they do not divide, some get the last one once more, and are told that it does not count."""
     for first in range(0, len(order), ranks):
         yield order.batch(min(first + rank, len(order) - 1)), first + rank < len(order)
+
+
+def _models(recipe: Recipe) -> list[dict[str, Any]]:
+    return [recipe.model] if recipe.model is not None else [entry.model for entry in (recipe.models or {}).values()]
 
 
 def _start(recipe: Recipe) -> hub.Loaded | None:

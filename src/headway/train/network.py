@@ -8,7 +8,9 @@ import msgspec
 from torch import nn
 
 from headway import hub, models
+from headway.heads import HeadSpec
 from headway.objectives._tools import Tools
+from headway.spec import convert
 from headway.train.data import Prepared
 
 
@@ -23,12 +25,22 @@ def spec_of(model: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
     if given.get("kind") in models.names() and given["kind"] not in kinds:
         raise ValueError(f"model.kind: this objective trains {' or '.join(kinds)}, not '{given['kind']}'")
     spec = msgspec.to_builtins(prepared.objective.spec(given, prepared.tools))
-    return {"load": model["load"], **spec} if start is not None else spec
+    if start is None:
+        return spec
+    if new := _new(spec, start):  # which take the place of the checkpoint's own
+        spec = {**spec, "heads": new}
+    return {"load": model["load"], **spec}
 
 
 def network(spec: dict[str, Any], tools: Tools) -> nn.Module:
     """Fresh, or loaded; heads that the checkpoint does not have are drawn, and no other weight is."""
     if tools.start is None:
         return models.build(spec)
-    new = {name: head for name, head in spec.get("heads", {}).items() if name not in tools.start.spec.get("heads", {})}
-    return hub.load(spec["load"], device="cpu", heads=new or None).net
+    return hub.load(spec["load"], device="cpu", heads=_new(spec, tools.start) or None).net
+
+
+def _new(spec: dict[str, Any], start: hub.Loaded) -> dict[str, Any]:
+    """The heads that the checkpoint does not have, or not so."""
+    typed = lambda heads: {name: convert(msgspec.to_builtins(head), HeadSpec, f"heads.{name}") for name, head in heads}
+    own, wanted = (typed(one.get("heads", {}).items()) for one in (start.spec, spec))
+    return {name: msgspec.to_builtins(head) for name, head in wanted.items() if own.get(name) != head}

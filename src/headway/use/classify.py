@@ -16,8 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from headway.loaded import Loaded
+from headway.models import reads_pictures
 from headway.use.embed import embed
-from headway.use.passes import Watch, compute, groups, pictures, strings
+from headway.use.passes import Group, Watch, compute, groups, listed, passes, pictures, strings
+from headway.vocabulary import PublishedTokenizer
 
 TEMPLATE = "a photo of a {}"
 
@@ -85,12 +87,31 @@ def _sequences(model: Loaded, inputs: Any, top: int | None, truncate: bool, watc
 def _logits(
     model: Loaded, inputs: Any, truncate: bool, watch: Watch | None
 ) -> Iterator[tuple[list[int], Float[Tensor, "B O"]]]:
-    if model.kind == "vision":
+    if reads_pictures(model.kind):
         for rows, pixels in pictures(model, inputs, "classify", watch=watch):
             yield rows, compute(model.net.head, "classify", compute(model.net, pixels))
         return
-    for group in groups(model, strings(inputs, "classify"), task="classify", truncate=truncate, watch=watch):
+    inputs = listed(inputs, "classify")
+    if any(isinstance(one, tuple) for one in inputs):
+        found = _pairs(model, inputs, truncate, watch)
+    else:
+        found = groups(model, strings(inputs, "classify"), task="classify", truncate=truncate, watch=watch)
+    for group in found:
         yield group.rows, compute(model.net.head, "classify", group.hidden, group.ids, group.valid)
+
+
+def _pairs(model: Loaded, inputs: list[Any], truncate: bool, watch: Watch | None) -> Iterator[Group]:
+    """The hidden states of pairs of texts."""
+    rows, types = [], []
+    for i, pair in enumerate(inputs):
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise ValueError(f"classify: input {i} is no pair, and others are: give (one, other) each time")
+        one, other = strings(pair, "classify")
+        found = model.tokenizer.encode(one, other)
+        ids, kinds = model.fitted(found.ids, found.types, one, truncate)
+        rows.append(ids)
+        types.append(kinds)
+    yield from passes(model, rows, types, task="classify", watch=watch)
 
 
 def _named(names: Sequence[str], shares: Float[Tensor, " O"], top: int | None) -> Classified:
@@ -143,16 +164,16 @@ def _words(model: Loaded, texts: list[str], truncate: bool, watch: Watch | None)
         for row, ids, labels, probabilities in zip(
             group.rows, group.ids.tolist(), best.indices.tolist(), best.values.tolist(), strict=True
         ):
-            found[row] = _spans(model, texts[row], ids, [names[i] for i in labels], probabilities)
+            found[row] = spans_of(model, texts[row], ids, [names[i] for i in labels], probabilities)
     return [found[i] for i in range(len(texts))]
 
 
-def _spans(model: Loaded, text: str, ids: list[int], labels: list[str], probabilities: list[float]) -> list[Span]:
+def spans_of(model: Loaded, text: str, ids: list[int], labels: list[str], probabilities: list[float]) -> list[Span]:
     """Neighbouring words of one label as one span; those outside ("O") are left out."""
     spans: list[tuple[str, list[tuple[int, int, float]]]] = []
     last = ""
-    for start, end, token in words(model, text, ids):
-        begins, label = _tag(labels[token])
+    for start, end, token in words(model.tokenizer, text, ids):
+        begins, label = tag(labels[token])
         if label == last and not begins:
             spans[-1][1].append((start, end, probabilities[token]))
         else:
@@ -165,13 +186,13 @@ def _spans(model: Loaded, text: str, ids: list[int], labels: list[str], probabil
     ]
 
 
-def words(model: Loaded, text: str, ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def words(tokenizer: PublishedTokenizer, text: str, ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Each word of a text that was read as `ids`: start and end in characters, and its first token's index.
 
     A token continues a word where WordPiece marks it so ("##"), elsewhere where letters or digits touch.
     """
-    found, mark = model.tokenizer.encode(text), model.tokenizer.continues
-    spelt = model.tokenizer.tokens(found.ids)
+    found, mark = tokenizer.encode(text), tokenizer.continues
+    spelt = tokenizer.tokens(found.ids)
     same = (one == two for one, two in zip(found.ids, ids, strict=False))
     kept = sum(takewhile(bool, same))  # of a text that was cut, the mark of its end took a token's place
     start = end = first = -1
@@ -180,6 +201,8 @@ def words(model: Loaded, text: str, ids: Sequence[int]) -> Iterator[tuple[int, i
             continue
         while left < right and text[left].isspace():  # byte-level pieces hold the space before them
             left += 1
+        if left == right:  # a space alone
+            continue
         touches = left == end and text[left - 1].isalnum() and text[left : left + 1].isalnum()
         if first >= 0 and (spelt[i].startswith(mark) if mark else touches):
             end = right
@@ -191,7 +214,7 @@ def words(model: Loaded, text: str, ids: Sequence[int]) -> Iterator[tuple[int, i
         yield start, end, first
 
 
-def _tag(label: str) -> tuple[bool, str]:
+def tag(label: str) -> tuple[bool, str]:
     """Whether a label says that something begins, and what it is: "B-PER" is a PER that begins."""
     found = re.fullmatch(r"([BISELU])-(.+)", label)
     return (found[1] in "BSU", found[2]) if found else (False, label)

@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from headway.data.folders import PICTURES
 from headway.data.sources import texts
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
 CHUNK, CHARACTERS = 512, 2**18  # rows, and characters, of a chunk: seconds of work, so that little is lost
 
 
