@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import headway.probe.look
@@ -101,6 +103,24 @@ def test_the_map_times_the_values_is_the_layers_own_output(named: dict[str, Any]
         with torch.no_grad():
             got, wanted = found.finish(found.map @ found.values), mixer(x, mask=mask, pos=pos)
         assert float((got - wanted)[there].abs().max()) < 1e-5 * (1 + float(wanted[there].abs().max())), mask.facts
+
+
+@settings(max_examples=40)
+@given(named=st.sampled_from(CASES), length=st.integers(1, 150), missing=st.integers(0, 149), left=st.booleans())
+def test_it_is_at_any_length_with_any_padding(named: dict[str, Any], length: int, missing: int, left: bool) -> None:
+    mixer = build({**named, "length": 150} if named["name"] == "linformer" else named)
+    there = torch.arange(length)[None] < max(length - missing, 1)
+    valid = (there.flip(1) if left else there) if missing else None
+    mask = Mask(causal="causal" in mixer.can, valid=valid)
+    x, pos = torch.randn(1, length, WIDTH), positions_of(valid, 1, length, torch.device("cpu"))
+    found, rows = look(mixer, x, mask, pos), slice(length // 3, length // 3 + 5)
+    assert found.values is not None and found.finish is not None
+    with torch.no_grad():
+        got, wanted = found.finish(found.map @ found.values), mixer(x, mask=mask, pos=pos)
+    assert float((got - wanted)[pos >= 0].abs().max()) < 1e-5 * (1 + float(wanted.abs().max()))
+    assert not found.map[~seen(mask, pos)[:, None].expand_as(found.map)].any()
+    part = look(mixer, x, mask, pos, rows=rows).map
+    torch.testing.assert_close(part, found.map[:, :, rows], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("named", CASES + CONVOLUTIONS, ids=label)
