@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
 
+from headway.joint import Joint, Part, linear_of
 from headway.rounding import MIX, TINY, WORTH, Rounded, blockwise, hadamard
 
 CHUNK = 256  # rows quantized at a time, so that what lies between two operations stays in the cache
@@ -108,50 +109,6 @@ def is_prepared(net: nn.Module) -> bool:
     return any(isinstance(module, Prepared | Part) for module in net.modules())
 
 
-class Part(nn.Module):
-    """Some outputs of a linear that others read too: who asks first multiplies for all who ask about that input."""
-
-    def __init__(self, joint: Joint, begin: int, end: int) -> None:
-        super().__init__()
-        self.joint, self.begin, self.end = joint, begin, end
-        self.in_features, self.out_features = joint.whole.in_features, end - begin
-
-    @property
-    def weight(self) -> Tensor:
-        """Tells dtype and device; the weights are the whole's."""
-        return self.joint.whole.weight
-
-    def forward(self, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
-        return self.joint(x)[..., self.begin : self.end]
-
-    def apart(self) -> nn.Linear:
-        """A linear of its own again."""
-        whole = self.joint.whole
-        weight, bias = (
-            None if t is None else nn.Parameter(t[self.begin : self.end].detach().clone())
-            for t in (whole.weight, whole.bias)
-        )
-        return _linear(weight, bias)
-
-
-class Joint(nn.Module):
-    """A linear of several parts; it holds its last answer until each part has asked."""
-
-    def __init__(self, whole: nn.Linear, parts: int) -> None:
-        super().__init__()
-        self.whole: Any = whole
-        self.parts = parts
-        self.kept: tuple[Tensor, Tensor, int] | None = None
-
-    def forward(self, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
-        kept, self.kept = self.kept, None
-        if kept is None or kept[0] is not x:
-            kept = (x, self.whole(x), self.parts)
-        if kept[2] > 1:
-            self.kept = (x, kept[1], kept[2] - 1)
-        return kept[1]
-
-
 def _join(net: nn.Module, dtype: torch.dtype, mix: int) -> None:
     """Queries, keys and values of the same tokens become one product. Keys and values of a context stay apart."""
     for name, module in list(net.named_modules()):
@@ -168,19 +125,9 @@ def _join(net: nn.Module, dtype: torch.dtype, mix: int) -> None:
         else:
             weight = nn.Parameter(torch.cat([one.weight, two.weight]), requires_grad=False)
         bias = None if one.bias is None else nn.Parameter(torch.cat([one.bias, two.bias]), requires_grad=False)
-        joint = Joint(_linear(weight, bias), 2)
+        joint = Joint(linear_of(weight, bias), 2)
         module.query = Part(joint, 0, one.out_features)
         module.key_value = Part(joint, one.out_features, len(weight))
-
-
-def _linear(weight: Any, bias: nn.Parameter | None) -> nn.Linear:
-    """A linear of these very parameters; none of its own are drawn before."""
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    linear.weight = weight
-    if bias is not None:
-        linear.bias = bias
-    return linear
 
 
 def nbytes(net: nn.Module) -> int:
@@ -224,8 +171,8 @@ class Prepared(nn.Module):
 class PackedLinear(Prepared):
     """x W^T + b with W in the layout of oneDNN. weight: (outputs, inputs), float32 or bfloat16; bias: (outputs).
 
-    table: the embedding whose weight it is. In float32 the weight then stays as it is, for both, until `spread`. A row's
-    result is the same bits in any batch (of two rows or more, where the weight stays).
+    table: the embedding whose weight it is. In float32 the weight then stays as it is, for both, until `spread`.
+    A row's result is the same bits in any batch (of two rows or more, where the weight stays).
     """
 
     def __init__(
@@ -241,7 +188,7 @@ class PackedLinear(Prepared):
         self.table = (table,)  # in a tuple, it is nobody's child
 
     def spread(self) -> None:
-        """Packs a copy of a weight that an embedding shares: a third of the time less for 4 to 16 rows, its bytes more."""
+        """Packs a copy of a weight that an embedding shares: a third less time for 4 to 16 rows, its bytes more."""
         if not self.of_many.is_mkldnn:
             self.of_many = torch.ops.mkldnn._reorder_linear_weight(self.layout)
             self.packed_bytes = self.layout.nbytes
@@ -250,9 +197,9 @@ class PackedLinear(Prepared):
         """The linear that it was; tied again where it was tied."""
         bias = None if self.bias is None else nn.Parameter(self.bias)
         if self.table[0] is not None:
-            return _linear(self.table[0].weight, bias)
+            return linear_of(self.table[0].weight, bias)
         plain = self.layout.to_dense() if self.layout.is_mkldnn else self.layout
-        return _linear(nn.Parameter(plain.clone() if plain.is_inference() else plain), bias)
+        return linear_of(nn.Parameter(plain.clone() if plain.is_inference() else plain), bias)
 
     def forward(self, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
         if x.requires_grad or x.dtype != self.weight.dtype:
@@ -289,20 +236,21 @@ class Int8Linear(Prepared):
         # FBGEMM: rounds x / scale to whole numbers, multiplies, and answers in float32
         self.product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op
         self.packed_bytes = rounded.nbytes + 3 * scales.nbytes  # beside weights: scales, zero points, sums of columns
-        self.of_one = self._of_one()
+        self.of_one, self.of_some = self._of_one(), self._of_some()
 
     def forward(self, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
         if x.requires_grad:
             raise ValueError(_unfit(x, self.weight.dtype))
         rows = x.reshape(-1, self.in_features).float()
-        if len(rows) == 1:
+        count = rows.shape[0]
+        if count == 1:
             y = self.of_one(rows)
-        elif len(rows) <= CHUNK:
-            y = self._some(rows)
+        elif count <= CHUNK:
+            y = self.of_some(rows)
         else:
-            y = rows.new_empty(len(rows), self.out_features)
+            y = rows.new_empty(count, self.out_features)
             for part, out in zip(rows.split(CHUNK), y.split(CHUNK), strict=True):
-                out.copy_(self._some(part))
+                self.of_some(part, out)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _of_one(self) -> Callable[[Tensor], Tensor]:
@@ -321,11 +269,21 @@ class Int8Linear(Prepared):
 
         return apply
 
-    def _some(self, rows: Float[Tensor, "R K"]) -> Float[Tensor, "R N"]:
-        rows = blockwise(rows, self.hadamard)
-        largest = rows.abs().amax(-1, keepdim=True).clamp_min_(TINY)
-        y = self.product(rows / largest, 1 / 127, 128, self.packed).mul_(largest)
-        return y if self.bias is None else y.add_(self.bias)
+    def _of_some(self) -> Callable[..., Tensor]:
+        """The same for two rows to `CHUNK`, `Float[R K]` in float32, each with a scale of its own; `out`: its place."""
+        mixing, product, packed, bias = self.hadamard, self.product, self.packed, self.bias
+        size, inputs = len(mixing), self.in_features
+
+        def apply(rows: Tensor, out: Tensor | None = None) -> Tensor:
+            if size > 1:
+                rows = torch.mm(rows.reshape(-1, size), mixing).view(-1, inputs)
+            largest = rows.abs().amax(-1, keepdim=True).clamp_min_(TINY)
+            y = product(rows / largest, 1 / 127, 128, packed)
+            if bias is None:
+                return torch.mul(y, largest, out=out) if out is not None else y.mul_(largest)
+            return torch.addcmul(bias, y, largest, out=out)
+
+        return apply
 
 
 class Int8Embedding(Prepared):

@@ -52,14 +52,18 @@ class KeyValue:
             self.k, self.v = _slots(k, self.capacity), _slots(v, self.capacity)
             self.pos = pos.new_full((pos.shape[0], self.capacity), -1)
         assert self.k is not None and self.v is not None and self.pos is not None
-        if end > self.capacity:
-            self._grow(max(end, 2 * self.capacity))
+        self.reserve(k.shape[2])
         at, new = self.length, k.shape[2]
         self.k.narrow(2, at, new).copy_(k)  # in a step of decoding, indexing costs more than copying
         self.v.narrow(2, at, new).copy_(v)
         self.pos.narrow(1, at, new).copy_(pos)
         self.length, self.padded = end, self.padded or padded
         return self.k.narrow(2, 0, end), self.v.narrow(2, 0, end), self.pos.narrow(1, 0, end)
+
+    def reserve(self, count: int) -> None:
+        """Makes room for so many more tokens, where any have come before."""
+        if self.length + count > self.capacity:
+            self._grow(max(self.length + count, 2 * self.capacity))
 
     def _grow(self, capacity: int) -> None:
         assert self.k is not None and self.v is not None and self.pos is not None

@@ -1,8 +1,8 @@
 """A decoder's step without the modules around it: with one token, looking up parts costs more than multiplying.
 
 The definition is `net(last, pos=pos, state=state)`. What `step_of` flattens to the bit is flattened further here, to
-rounding: root-mean-square norms in one pass, queries and keys turned together, the scale of the scores once. A block
-that is not known here, or that somebody watches with a hook, stays the module that it is.
+rounding: root-mean-square norms in one pass, queries and keys turned together, their positions remembered once for all
+layers. A block that is not known here, or that somebody watches with a hook, stays the module that it is.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from headway.block import Block, Residual, Stack, States
 from headway.generate import step as flat
+from headway.joint import Part
 from headway.mixers.attention import Attention
 from headway.models import decoder
 from headway.positions import Learned, Positions, Rotary
-from headway.quantize import Int8Linear, Part, Prepared
+from headway.quantize import CHUNK, Int8Linear, Prepared
 from headway.state import KeyValue, State
 
 Apply = Callable[[Tensor], Tensor]
@@ -40,9 +41,12 @@ def step_of(net: decoder.Model, state: States, rows: int) -> Callable[[Tensor, T
     embed, place, drop = _bare(net.embedding), stack.positions.embed, _bare(stack.dropout)
     first, last = _bare(stack.first_norm), _bare(stack.norm)
     rotary = stack.positions if isinstance(stack.positions, Rotary) else None
-    blocks = [_block(block, kept, rows) for block, kept in zip(stack.blocks, state, strict=True)]
+    kept: list[KeyValue] = []
+    blocks = [_block(block, past, rows, kept) for block, past in zip(stack.blocks, state, strict=True)]
 
     def step(ids: Int[Tensor, "B 1"], pos: Int[Tensor, "B 1"]) -> Float[Tensor, "B 1 C"]:
+        if kept:
+            _remember(kept, pos)
         x = drop(first(place(embed(ids), pos)))
         turns = None if rotary is None else _turns(rotary, pos, x.dtype)
         for block in blocks:
@@ -52,6 +56,15 @@ def step_of(net: decoder.Model, state: States, rows: int) -> Callable[[Tensor, T
     return step
 
 
+def _remember(kept: list[KeyValue], pos: Tensor) -> None:
+    """Makes room for one token in each state and writes its position, which is the same in all, once."""
+    for state in kept:
+        state.reserve(1)
+        state.pos = kept[0].pos
+    assert kept[0].pos is not None
+    kept[0].pos.narrow(1, kept[0].length, 1).copy_(pos)
+
+
 def _turns(rotary: Rotary, pos: Tensor, dtype: torch.dtype) -> Turns:
     angles = pos[:, None, :, None].float() * rotary.rates
     cos, sin = angles.cos(), angles.sin()
@@ -59,7 +72,7 @@ def _turns(rotary: Rotary, pos: Tensor, dtype: torch.dtype) -> Turns:
 
 
 def _block(
-    block: Block, state: tuple[State | None, State | None], rows: int
+    block: Block, state: tuple[State | None, State | None], rows: int, kept: list[KeyValue]
 ) -> Callable[[Tensor, Tensor, Turns], Tensor]:
     mixer, feedforward = block.mixer, block.feedforward
     parts = [part for part in (mixer, feedforward) if part is not None]
@@ -67,7 +80,7 @@ def _block(
     if not known or any(type(part) is not Residual for part in parts):
         return lambda x, pos, turns: block(x, mask=flat.CAUSAL, pos=pos, state=state)
     assert mixer is not None
-    mix = _own(mixer.inner, state[0], rows)
+    mix = _own(mixer.inner, state[0], rows, kept)
     before, after = _around(mixer)
     if feedforward is None:
         return lambda x, pos, turns: after(x, mix(before(x), pos, turns))
@@ -89,33 +102,42 @@ def _around(part: Residual) -> tuple[Apply, Callable[[Tensor, Tensor], Tensor]]:
     return before, lambda x, y: after(x + drop(behind(y)))
 
 
-def _own(mixer: nn.Module, state: State | None, rows: int) -> Callable[[Tensor, Tensor, Turns], Tensor]:
-    """The newest token sees all that came before, so that no mask is needed."""
+def _own(
+    mixer: nn.Module, state: State | None, rows: int, kept: list[KeyValue]
+) -> Callable[[Tensor, Tensor, Turns], Tensor]:
+    """The newest token sees all that came before, so that no mask is needed. States that it writes join `kept`."""
     sample = torch.empty(1).expand(rows, 1, 1)
     if (
         not isinstance(mixer, Attention)
         or type(state) is not KeyValue
         or state.padded
+        or state.k is None
+        or any(state.length != other.length or state.capacity != other.capacity for other in kept[:1])
         or not flat._plain(mixer, sample)
     ):
         return lambda h, pos, turns: mixer(h, mask=flat.CAUSAL, pos=pos, state=state)
+    kept.append(state)
     project, out = _projection(mixer, rows), _bare(mixer.out, rows)
     query_norm, key_norm = _bare(mixer.query_norm), _bare(mixer.key_norm)
     normed = not isinstance(mixer.query_norm, nn.Identity)
-    heads, kv_heads, width, grouped = mixer.heads, mixer.kv_heads, mixer.head_dim, mixer.heads != mixer.kv_heads
-    half, scale, sizes = width // 2, mixer.scale, (heads, kv_heads, kv_heads)
+    heads, kv_heads, width, inner = mixer.heads, mixer.kv_heads, mixer.head_dim, mixer.heads * mixer.head_dim
+    both, half, scale = heads + kv_heads, width // 2, mixer.scale
 
     def mix(h: Tensor, pos: Tensor, turns: Turns) -> Tensor:
-        q, k, v = project(h).view(rows, heads + 2 * kv_heads, 1, width).split(sizes, 1)
+        x = project(h).view(rows, both + kv_heads, 1, width)
+        qk = x.narrow(1, 0, both)
         if normed:
-            q, k = query_norm(q), key_norm(k)
+            qk = torch.cat([query_norm(x.narrow(1, 0, heads)), key_norm(x.narrow(1, heads, kv_heads))], 1)
         if turns is not None:
-            both = torch.cat([q, k], 1)
-            both = both.mul(turns[0]).addcmul_(both.roll(half, -1), turns[1])
-            q, k = both[:, :heads], both[:, heads:]
-        k, v, _ = state.append(k, v, pos, padded=False)
-        y = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-        return out(y.view(rows, 1, heads * width))
+            qk = qk.mul(turns[0]).addcmul_(qk.roll(half, -1), turns[1])
+        k, v, at = state.k, state.v, state.length
+        assert k is not None and v is not None
+        k.narrow(2, at, 1).copy_(qk.narrow(1, heads, kv_heads))
+        v.narrow(2, at, 1).copy_(x.narrow(1, both, kv_heads))
+        state.length = at + 1
+        q = qk.narrow(1, 0, heads).view(rows, kv_heads, heads // kv_heads, width)  # those of one key side by side
+        y = F.scaled_dot_product_attention(q, k.narrow(2, 0, at + 1), v.narrow(2, 0, at + 1), scale=scale)
+        return out(y.reshape(rows, 1, inner))
 
     return mix
 
@@ -131,9 +153,9 @@ def _projection(mixer: Attention, rows: int) -> Apply:
 
 def _bare(module: nn.Module, rows: int = 0) -> Apply:
     """The function of one tensor that `module` is; beyond what is exact, a root-mean-square norm in one pass."""
-    if isinstance(module, Int8Linear) and rows == 1 and module.weight.dtype == torch.float32 and not _watched(module):
-        return module.of_one
     if isinstance(module, Prepared) and not _watched(module):
+        if isinstance(module, Int8Linear) and 0 < rows <= CHUNK and module.weight.dtype == torch.float32:
+            return module.of_one if rows == 1 else _of_rows(module, rows)
         return module.forward
     if type(module) is not nn.RMSNorm or _watched(module) or module.weight is None:
         return flat._bare(module, lambda part: _bare(part, rows))
@@ -145,6 +167,11 @@ def _bare(module: nn.Module, rows: int = 0) -> Apply:
         return torch.layer_norm(torch.cat([x, -x], -1), shape, double, None, eps)[..., :width]
 
     return rms
+
+
+def _of_rows(module: Int8Linear, rows: int) -> Apply:
+    apply, inputs, outputs = module.of_some, module.in_features, module.out_features
+    return lambda x: apply(x.reshape(rows, inputs)).view(rows, 1, outputs)
 
 
 def _watched(*modules: nn.Module) -> bool:

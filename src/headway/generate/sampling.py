@@ -51,12 +51,17 @@ def draw(
     """The next token of each row. `seen`: the ids a row holds; `luck`: its own source of randomness, so that a row's
     answer does not depend on its neighbours; `bad`: ids that are never written."""
     logits = logits.float()
-    total = logits.logsumexp(1)
+    log_p = logits.log_softmax(1)
     if bad is not None:
         logits = logits.index_fill(1, bad, float("-inf"))
     scores = _less_of_the_same(logits, seen, how.repetition_penalty)
-    chosen = scores.argmax(1) if how.temperature == 0 else _drawn(scores / how.temperature, how, luck)
-    return Drawn(chosen, logits.gather(1, chosen[:, None])[:, 0] - total)
+    chosen = _likeliest(scores) if how.temperature == 0 else _drawn(scores / how.temperature, how, luck)
+    return Drawn(chosen, log_p.gather(1, chosen[:, None])[:, 0])
+
+
+def _likeliest(scores: Float[Tensor, "B V"]) -> Int[Tensor, " B"]:
+    """The argmax; on a CPU NumPy's, which is ten times as fast."""
+    return torch.from_numpy(scores.numpy().argmax(1)) if scores.device.type == "cpu" else scores.argmax(1)
 
 
 def _less_of_the_same(logits: Tensor, seen: Sequence[Sequence[int]], penalty: float) -> Tensor:
