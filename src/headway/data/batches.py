@@ -54,6 +54,11 @@ def padded(rows: Sequence[Sequence[Any] | np.ndarray], fill: int) -> tuple[Tenso
     return torch.from_numpy(table), torch.from_numpy(valid)
 
 
+def asked(labels: Tensor, targets: int) -> Tensor:
+    """Where labels are, `Int[N]`, as places in the flat tensor; how many is known, so that no GPU waits to be told."""
+    return torch.nonzero_static(labels.flatten() != IGNORE, size=targets).squeeze(1)
+
+
 class Batches:
     """Cut examples into batches of at most `tokens` padded tokens: rows * (the largest size of each column, summed).
 
