@@ -146,6 +146,20 @@ def test_some_rows_are_those_of_the_whole(named: dict[str, Any]) -> None:
             torch.testing.assert_close(part.exact, whole.exact[:, :, 3:6])
 
 
+@pytest.mark.parametrize("named", [case for case in CASES if case["name"] in ("performer", "linear", "ssm")], ids=label)
+def test_a_long_input_goes_in_runs_from_its_end(named: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer = build(named)
+    for mask in own_masks(mixer):
+        x, pos = torch.randn(ROWS, LENGTH, WIDTH), positions_of(mask.valid, ROWS, LENGTH, torch.device("cpu"))
+        at_once = look(mixer, x, mask, pos).map
+        with monkeypatch.context() as patched:
+            patched.setattr(f"headway.mixers.{named['name']}.RUN", 2)
+            for rows in (None, slice(4, 7), slice(0, 1)):
+                found = look(mixer, x, mask, pos, rows=rows).map
+                torch.testing.assert_close(found, at_once[:, :, rows or slice(None)], rtol=1e-5, atol=1e-6)
+                assert not found[at_once[:, :, rows or slice(None)] == 0].any()
+
+
 @pytest.mark.parametrize("named", [case for case in CASES if case["name"] in ("linformer", "performer")], ids=label)
 @pytest.mark.parametrize("left", [None, False, True])
 def test_a_context_is_mapped_too(named: dict[str, Any], left: bool | None) -> None:

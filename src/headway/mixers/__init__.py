@@ -44,7 +44,7 @@ class Implied(NamedTuple):
 
     map: zero where a query does not reach, and at padding. finish: of `Float[B H T V]`, gives `Float[B T C]`. Where no
     one number weighs a whole token, the map tells sizes alone, and both are None. exact: the softmax of the same
-    queries and keys, beside a map that may come near it. With `rows`, map and exact have those, and finish is for all.
+    queries and keys, beside a map that may come near it. With `rows`, map and exact have those, and the rest is None.
     """
 
     map: Float[Tensor, "B H R S"]
@@ -135,19 +135,39 @@ def in_runs(
 
 
 def linear_map(
-    mix: Callable[[Tensor], Tensor], values: Float[Tensor, "B H S V"], queries: int, rows: slice | None = None
+    mix: Callable[[Tensor, slice, tuple[Any, ...]], tuple[Tensor, tuple[Any, ...]]],
+    values: Float[Tensor, "B H S _"],
+    queries: int,
+    rows: slice | None = None,
+    *,
+    size: int | None = None,
 ) -> Float[Tensor, "B H R S"]:
-    """The map M of a `mix` that gives M v of any `Float[B H S *]`: row t is the gradient of output t.
+    """The map M of a `mix` that gives M v of any v, `Float[B H S *]`: row t is the gradient of output t.
 
-    It asks for no more than the rows that are wanted, through the mixer's own fast form.
+    It asks for no more than the rows that are wanted, through the mixer's own fast form. `mix(v, run, kept)` gives the
+    outputs of the tokens in `run`, v being theirs, and what later ones need: first what is linear in v, then the rest.
+    All are one run, or with `size` so many tokens, of which one is held at a time; the first has nothing `kept`.
     """
+    batch, heads, keys, _ = values.shape
     wanted = torch.arange(queries, device=values.device)[rows or slice(None)]
-    with torch.enable_grad():
-        v = values.new_zeros(*values.shape[:3], len(wanted)).requires_grad_()
-        y = mix(v)
+    found = values.new_zeros(batch, heads, keys, len(wanted))
+    runs = [slice(start, min(start + (size or keys), keys)) for start in range(0, keys, size or keys)]
+    runs = [run for run in runs if size is None or run.start <= int(wanted[-1])]  # what comes later is not seen
+    entering: list[tuple[Any, ...]] = [()]
+    with torch.no_grad():
+        for run in runs[:-1]:
+            entering.append(mix(found[:, :, run], run, entering[-1])[1])
+    owed: tuple[Tensor, ...] = ()  # by what the run leaves to later ones
+    for run, kept in zip(reversed(runs), reversed(entering), strict=True):
+        with torch.enable_grad():
+            v, before = torch.zeros_like(found[:, :, run]).requires_grad_(), tuple(t.requires_grad_() for t in kept[:1])
+            y, after = mix(v, run, (*before, *kept[1:]))
+        here = wanted if size is None else wanted - run.start
+        there = (here >= 0) & (here < y.shape[2])
         each = torch.zeros_like(y)
-        each[:, :, wanted, torch.arange(len(wanted), device=y.device)] = 1
-        return torch.autograd.grad(y, v, each)[0].mT
+        each[:, :, here[there], there.nonzero()[:, 0]] = 1
+        found[:, :, run], *owed = torch.autograd.grad((y, *after[: len(owed)]), (v, *before), (each, *owed))  # type: ignore[assignment]
+    return found.mT
 
 
 def without_padding(
@@ -160,6 +180,11 @@ def without_padding(
     if context is None:
         there = there & mask.valid[:, None, rows or slice(None), None]
     return found.masked_fill(~there, 0.0)
+
+
+def of_run(mask: Mask, run: slice) -> Mask:
+    """The mask of the tokens of a run among themselves; of one that has no segments."""
+    return mask if mask.valid is None else replace(mask, valid=mask.valid[:, run])
 
 
 def names() -> list[str]:

@@ -56,7 +56,8 @@ class Identity(Mixer):
     ) -> Implied:
         """Ones where a token meets itself."""
         self.require(mask, context=context)
-        found = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[rows or slice(None)].expand(len(x), 1, -1, -1)
+        index = torch.arange(x.shape[1], device=x.device)
+        found = (index[rows or slice(None), None] == index).to(x.dtype).expand(len(x), 1, -1, -1)
         return Implied(without_padding(found, mask, context, rows), x[:, None], lambda y: self.out(y[:, 0]))
 
     def init_state(self, batch: int, capacity: int, cross: bool = False) -> State:

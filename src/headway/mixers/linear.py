@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headway.attend import weights
 from headway.layers import residual_output
 from headway.mask import Mask
-from headway.mixers import Cost, Implied, Mixer, in_runs, linear_map, without_padding
+from headway.mixers import RUN, Cost, Implied, Mixer, in_runs, linear_map, of_run, without_padding
 from headway.positions import Positions
 from headway.recurrence import Steps, delta, flops, kept_bytes, recur, restart
 from headway.spec import Size
@@ -133,12 +133,23 @@ class Linear(Mixer):
     ) -> Implied:
         """The map from values to outputs that the sums amount to, beside the softmax where there are shares of one."""
         self.require(mask, context=context)
-        x, q, k, v, gate = self._entered(x, mask)
-        found = linear_map(lambda v: self._summed(q, k, v, x, mask, pos, None)[0], v, x.shape[1], rows)
-        exact, run = None, rows or slice(None)
+
+        def mix(v: Tensor, run: slice, kept: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            part, own = of_run(mask, run), x[:, run]
+            own, q, k, *_ = self._entered(own, part)
+            y, after = self._summed(q, k, v, own, part, pos[:, run], kept[0] if kept else None)
+            return y, (after,)
+
+        size = RUN if mask.causal and mask.segments is None else None
+        found = linear_map(mix, x[:, None].expand(-1, self.heads, -1, -1), x.shape[1], rows, size=size)
+        found, exact = without_padding(found, mask, None, rows), None
+        if rows is not None and self.kind != "plain":
+            return Implied(found)
+        _, q, k, v, gate = self._entered(x, mask)
         if self.kind == "plain":
-            exact = without_padding(weights(q[:, :, run], k, mask, q_pos=pos[:, run], k_pos=pos), mask, None, rows)
-        return Implied(without_padding(found, mask, None, rows), v, lambda y: self._left(y, gate), exact)
+            own = rows or slice(None)
+            exact = without_padding(weights(q[:, :, own], k, mask, q_pos=pos[:, own], k_pos=pos), mask, None, rows)
+        return Implied(found, exact=exact) if rows else Implied(found, v, lambda y: self._left(y, gate), exact)
 
     def _plain(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, before: Tensor | None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headway.attend import weights
 from headway.layers import residual_output
 from headway.mask import Mask
-from headway.mixers import Cost, Implied, Mixer, linear_map, without_padding
+from headway.mixers import RUN, Cost, Implied, Mixer, linear_map, of_run, without_padding
 from headway.positions import Positions, Rotary
 from headway.recurrence import flops, kept_bytes, recur
 from headway.spec import Size
@@ -135,18 +135,29 @@ class Performer(Mixer):
     ) -> Implied:
         """The normalised products of features, beside the softmax that they estimate."""
         self.require(mask, context=context)
-        x, run = x if context is not None else _cleared(x, mask), rows or slice(None)
+        x, own = x if context is not None else _cleared(x, mask), rows or slice(None)
         q, (k, v) = self._heads(self.query(x)), self._keys_values(x if context is None else _cleared(context, mask))
+        places: dict[str, Any] = {} if context is not None else {"q_pos": pos[:, own], "k_pos": pos}
         if context is None:
             q, k = self.positions.rotate(q, pos), self.positions.rotate(k, pos)
-            found = linear_map(lambda v: self._own(q, k, v, mask, None), v, q.shape[2], rows)
-            exact = weights(q[:, :, run], k, mask, q_pos=pos[:, run], k_pos=pos)
-        else:
-            found = linear_map(lambda v: self._read(q, self._summary(k, v, mask)), v, q.shape[2], rows)
-            exact = weights(q[:, :, run], k, mask)
-        found, exact = (without_padding(t, mask, context, rows) for t in (found, exact))
-        return Implied(found, v, lambda y: self.out(y.to(v.dtype).transpose(1, 2).flatten(2)),
-                       exact if self.kernel == "softmax" else None)  # fmt: skip
+
+        def mix(v: Tensor, run: slice, kept: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            if context is not None or not mask.causal:
+                return self._read(q, self._summary(k, v, mask)), ()
+            state = self.init_state(len(v), 0) if not kept else Recurrent(*kept)
+            assert isinstance(state, Recurrent)
+            sums, *tops = state.tensors
+            state.tensors = (sums.new_zeros(*sums.shape[:3], v.shape[3] + 1) if not kept else sums, *tops)
+            return self._causal(q[:, :, run], k[:, :, run], v, of_run(mask, run), state), state.tensors
+
+        size = RUN if context is None and mask.causal else None
+        found = linear_map(mix, v, q.shape[2], rows, size=size)
+        found, exact = without_padding(found, mask, context, rows), None
+        if self.kernel == "softmax":
+            exact = without_padding(weights(q[:, :, own], k, mask, **places), mask, context, rows)
+        if rows is not None:
+            return Implied(found, exact=exact)
+        return Implied(found, v, lambda y: self.out(y.to(v.dtype).transpose(1, 2).flatten(2)), exact)
 
     def _own(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, state: State | None) -> Float[Tensor, "B H T D"]:
         if mask.causal:

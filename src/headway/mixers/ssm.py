@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from headway.layers import residual_output
 from headway.mask import Mask
-from headway.mixers import Cost, Implied, Mixer, in_runs, linear_map, without_padding
+from headway.mixers import RUN, Cost, Implied, Mixer, in_runs, linear_map, of_run, without_padding
 from headway.positions import Positions
 from headway.recurrence import Steps, flops, kept_bytes, recur, restart
 from headway.spec import Size
@@ -109,10 +109,21 @@ class Ssm(Mixer):
     ) -> Implied:
         """The semiseparable matrix of each head, C_t^T exp(sum of decays) B_s step_s, and D on its diagonal."""
         self.require(mask, context=context)
-        gate, q, k, v, step, _ = self._entered(x, mask, None)
-        found = linear_map(lambda v: self._scanned(q, k, v, step, mask, None)[0], v, x.shape[1], rows)
-        own = torch.eye(x.shape[1], dtype=found.dtype, device=x.device)[rows or slice(None)]
-        found = without_padding(found + self.skip[:, None, None] * own, mask, None, rows)
+
+        def mix(v: Tensor, run: slice, kept: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+            part, (before, tail) = of_run(mask, run), kept or (None, None)
+            _, q, k, _, step, tail = self._entered(x[:, run], part, tail)
+            y, after = self._scanned(q, k, v, step, part, before)
+            return y, (after, tail)
+
+        size = RUN if mask.segments is None else None
+        found = linear_map(mix, x[:, None].expand(-1, self.heads, -1, -1), x.shape[1], rows, size=size)
+        index = torch.arange(x.shape[1], device=x.device)
+        itself = index[rows or slice(None), None] == index
+        found = without_padding(found + self.skip[:, None, None] * itself, mask, None, rows)
+        if rows is not None:
+            return Implied(found)
+        gate, _, _, v, *_ = self._entered(x, mask, None)
         return Implied(found, v, lambda y: self._left(y.transpose(1, 2), gate))
 
     def _scanned(

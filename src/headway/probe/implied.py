@@ -61,6 +61,8 @@ def whole(seen: Seen, row: int, rows: slice | None = None) -> Implied:
         raise ValueError(f"implied: {where} is {place.mixer}, which is no map of its values: use look.influence")
     if not 0 <= row < len(seen.x):
         raise ValueError(f"implied: no row {row}; the rows of this batch are 0 to {len(seen.x) - 1}")
+    if rows is not None and not range(seen.x.shape[1])[rows]:
+        raise ValueError(f"implied: {rows} of {seen.x.shape[1]} queries is none of them: choose one or more")
     with torch.inference_mode(False), torch.no_grad():
         own = lambda t: None if t is None else t[row : row + 1].clone()  # what inference made has no gradients
         return seen.mixer.implied(
