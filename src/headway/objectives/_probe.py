@@ -57,11 +57,12 @@ def features(net: nn.Module, ids: Sequence[Sequence[int]], pad: int) -> Float[Te
     return torch.cat(found)
 
 
-def words(ids: Sequence[Sequence[int]], vocab: int) -> Float[Tensor, "N V"]:
+def words(ids: Sequence[Sequence[int]], vocab: int) -> Float[Tensor, "N W"]:
     """Which tokens each text has, each weighted by how few texts have it."""
     found = torch.zeros(len(ids), vocab)
     for row, tokens in enumerate(ids):
         found[row, torch.tensor(tokens)] = 1
+    found = found[:, found.any(0)]  # what no text has says nothing
     return F.normalize(found * ((1 + len(ids)) / (1 + found.sum(0))).log(), dim=-1)
 
 

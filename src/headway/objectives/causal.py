@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from headway.data.batches import IGNORE, Batches, Order, Packed
+from headway.data.batches import Batches, Order, Packed, asked
 from headway.data.examples import Example, Examples
 from headway.data.sources import Values
 from headway.hub import Loaded
@@ -62,7 +62,7 @@ class Objective(Base):
         logits, labels = model.head("lm", x).flatten(0, 1), batch.labels.flatten()  # type: ignore[operator]
         if batch.valid is None:
             return logits, labels
-        there = labels != IGNORE
+        there = asked(labels, batch.targets)
         return logits[there], labels[there]
 
     @torch.inference_mode()
@@ -71,8 +71,34 @@ class Objective(Base):
         examples = Examples(example for row in rows for example in self.encode(row, tools))
         sizes = np.array([self.sizes(example) for example in examples])
         order = self.batches(examples, sizes, tokens=recipe.batch_tokens, length=recipe.max_tokens, seed=0)
-        nats = sum(float(self(model.net, order.batch(i).to(model.device)).plain) for i in range(len(order)))
-        tokens = sum(len(labels) for _, labels in examples)
+        losses = [self(model.net, order.batch(i).to(model.device)) for i in range(len(order))]
+        nats, tokens = sum(float(loss.plain) for loss in losses), sum(loss.tokens for loss in losses)
         size = sum(len(row[0].encode()) for row in rows)
         bits = nats / math.log(2)
         return Score({"bits_per_byte": bits / size, "perplexity": math.exp(nats / tokens), "test_bytes": size})
+
+    def baseline(self, train: Sequence[Values], rows: Sequence[Values], recipe: Recipe) -> dict[str, Any]:
+        """Bits per byte of xz, and of zstd where zstandard is installed, which have read the training text before."""
+        known, text = ("".join(row[0] for row in part).encode() for part in (train, rows))
+        return compressed(known[-KNOWN:], text)
+
+
+KNOWN = 2**25  # bytes of training text that a compressor may have read; the windows of both reach that far
+
+
+def compressed(known: bytes, text: bytes) -> dict[str, Any]:
+    """How many bits a byte of `text` adds to the compressed size of `known`."""
+    import lzma
+
+    found = {"bits_per_byte_xz_baseline": _added(lambda data: len(lzma.compress(data, preset=9)), known, text)}
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        return {**found, "baseline": "xz; zstd beside it needs: pip install zstandard"}
+    wide = zstandard.ZstdCompressionParameters.from_level(19, window_log=26, enable_ldm=True)
+    squeeze = zstandard.ZstdCompressor(compression_params=wide)
+    return {**found, "bits_per_byte_zstd_baseline": _added(lambda data: len(squeeze.compress(data)), known, text)}
+
+
+def _added(size: Callable[[bytes], int], known: bytes, text: bytes) -> float:
+    return 8 * (size(known + text) - size(known)) / len(text)

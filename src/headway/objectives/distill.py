@@ -65,6 +65,9 @@ class Objective(Base):
         beside = {f"{name}_teacher": value for name, value in taught.items() if not name.endswith("_baseline")}
         return Score({**found.metrics, **beside}, found.rows)
 
+    def baseline(self, train: Sequence[Values], rows: Sequence[Values], recipe: Recipe) -> dict[str, Any]:
+        return self.inner.baseline(train, rows, recipe)
+
     def lender(self) -> Loaded | None:
         return self.teacher if self.teacher.source is not None else None
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from headway.data.batches import IGNORE, Batches, Order, Packed
+from headway.data.batches import IGNORE, Batches, Order, Packed, asked
 from headway.data.examples import Example
 from headway.data.sources import Values
 from headway.hub import Loaded
@@ -103,8 +103,8 @@ class Objective(Base):
 
     def predict(self, model: nn.Module, batch: Tokens) -> tuple[Tensor, Tensor]:
         x = model(batch.ids, batch.valid, mask=batch.mask, pos=batch.pos)
-        gaps = batch.labels != IGNORE  # the vocabulary is large, and few tokens are asked for
-        return model.head("lm", x[gaps][None])[0], batch.labels[gaps]  # type: ignore[operator]
+        gaps = asked(batch.labels, batch.targets)  # the vocabulary is large, and few tokens are asked for
+        return model.head("lm", x.flatten(0, 1)[gaps][None])[0], batch.labels.flatten()[gaps]  # type: ignore[operator]
 
     @torch.inference_mode()
     def score(self, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Score:

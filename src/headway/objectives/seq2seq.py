@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headway.data.batches import IGNORE
+from headway.data.batches import asked
 from headway.data.examples import Example
 from headway.data.pairs import Pairs, shifted
 from headway.data.sources import Values, references
@@ -67,7 +67,7 @@ class Objective(Base):
     def predict(self, model: nn.Module, batch: Pairs) -> tuple[Tensor, Tensor]:
         logits = model(batch.source, batch.target_in, batch.source_valid).flatten(0, 1)
         labels = batch.target_out.flatten()
-        there = labels != IGNORE
+        there = asked(labels, batch.targets)
         return logits[there], labels[there]
 
     def judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

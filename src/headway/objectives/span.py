@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from headway.data.batches import IGNORE
+from headway.data.batches import asked
 from headway.data.examples import Example
 from headway.data.pairs import Pairs, shifted
 from headway.data.sources import Values
@@ -89,8 +89,9 @@ class Objective(Base):
         return np.concatenate([*source, end]), np.concatenate([*target, self.sentinels[spans : spans + 1], end])
 
     def predict(self, model: nn.Module, batch: Pairs) -> tuple[Tensor, Tensor]:
-        there = batch.target_out != IGNORE
-        return model(batch.source, batch.target_in, batch.source_valid)[there], batch.target_out[there]
+        there = asked(batch.target_out, batch.targets)
+        logits = model(batch.source, batch.target_in, batch.source_valid)
+        return logits.flatten(0, 1)[there], batch.target_out.flatten()[there]
 
     @torch.inference_mode()
     def score(self, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Score:
