@@ -171,7 +171,7 @@ MISTAKES = [
     ),
     ("a.jsonl", '{"input": "a", "target": 3}', "a.jsonl:1: 'target' is of type int, not a text"),
     ("a.jsonl", '{"input": "a", "target": null}', "a.jsonl:1: 'target' is null, not a text"),
-    ("a.txt", "x", "a.txt: cannot tell what '.txt' is; known: .tsv .csv .jsonl .tsv.gz .csv.gz .jsonl.gz .parquet"),
+    ("a.txt", "x", "a.txt: cannot tell what '.txt' is; known: .tsv .csv .jsonl .parquet, all but"),
     ("plain", "x", "plain: cannot tell what 'a file without an ending' is"),
     ("a.tsv.gz", "input\ttarget\n", "a.tsv.gz: cannot be read (Not a gzipped file"),
     ("a.tsv.gz", gzip.compress(GOOD.encode())[:-9], "a.tsv.gz: cannot be read (Compressed file ended"),
@@ -193,7 +193,8 @@ def test_a_mistake_in_the_spec_is_one_line_that_says_what_to_do(write: Callable,
     assert "no file '~nobody-of-this-name/a.tsv'" in refused(DataSpec("~nobody-of-this-name/a.tsv"))
     assert f"no file '{tmp_path}/*.csv'" in refused(DataSpec(str(tmp_path / "*.csv")))
     assert "valid.tsv" in refused(DataSpec(path, valid=str(tmp_path / "valid.tsv")))
-    assert f"is a folder: name its files, for example '{tmp_path}/*.tsv'" in refused(DataSpec(str(tmp_path)))
+    (tmp_path / "empty").mkdir()
+    assert "no table (.tsv .csv .jsonl .parquet) and no text" in refused(DataSpec(str(tmp_path / "empty")))
     assert "keep_stress is for the source 'cmudict' only" in refused(DataSpec(path, keep_stress=True))
     assert "bad_rows='ignore' is unknown: use 'refuse' or 'skip'" in refused(DataSpec(path, bad_rows="ignore"))
 
@@ -226,7 +227,7 @@ def test_skipped_rows_are_counted_and_the_first_are_named(write: Callable) -> No
 
 
 def test_skipping_everything_is_refused(write: Callable) -> None:
-    path = write("a.jsonl", '{"input": 1}\nnonsense\n')
+    path = write("a.jsonl", '{"input": 1, "target": "1"}\nnonsense\n')
     message = refused(DataSpec(path, bad_rows="skip"))
     assert message == f"{path}: nothing to read, not one of its 2 rows can be used, the first: {path}:1: " + (
         "'input' is of type int, not a text"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import weakref
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
@@ -34,7 +35,9 @@ class Field:
         self._count += len(values)
         self._ends.append(self._count)
         if len(self._held) >= SPILL:
-            self._file = self._file or tempfile.TemporaryFile(prefix="headway-")  # noqa: SIM115 (lives as long as we do)
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="headway-")  # noqa: SIM115 (lives as long as we do)
+                weakref.finalize(self, self._file.close)
             self._held.tofile(self._file)
             self._held = array("i")
 

@@ -115,5 +115,7 @@ def _encode(recipe: Recipe, splits: Splits, objective: Base, tools: Tools, rows:
 
 
 def _order(recipe: Recipe, objective: Base, examples: Examples) -> Order:
-    sizes = np.array([objective.sizes(example) for example in examples])
+    width = len(objective.sizes(examples[0]))
+    flat = (size for example in examples for size in objective.sizes(example))
+    sizes = np.fromiter(flat, np.int32, len(examples) * width).reshape(-1, width)
     return objective.batches(examples, sizes, tokens=recipe.batch_tokens, length=recipe.max_tokens, seed=recipe.seed)

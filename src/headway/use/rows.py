@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from headway.data.files import texts
 from headway.data.folders import PICTURES
-from headway.data.sources import texts
 
 CHUNK, CHARACTERS = 512, 2**18  # rows, and characters, of a chunk: seconds of work, so that little is lost
 
