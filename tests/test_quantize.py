@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headway.quantize import Int8Embedding, Int8Linear, PackedLinear, nbytes, prepare, restore
+from headway.layers import FeedForward
+from headway.quantize import CHUNK, Int8Embedding, Int8Linear, PackedLinear, nbytes, prepare, restore
 from headway.rounding import blockwise, hadamard, round_weight
+from headway.spec import FeedForwardSpec
 
 WAYS = [(None, torch.float32), (None, torch.bfloat16), ("int8", torch.float32), ("int8", torch.bfloat16)]
 FAR = {(None, torch.float32): 1e-6, (None, torch.bfloat16): 0.005, ("int8", torch.float32): 0.013}
@@ -277,3 +279,17 @@ def test_a_prepared_weight_still_tells_its_dtype_and_device(quantize: str | None
     module = fast(nn.Linear(512, 512), quantize, torch.bfloat16)
     like = module.weight.new_zeros(2, 3)
     assert like.dtype == torch.bfloat16 and like.device.type == "cpu"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_feed_forward_in_parts_says_what_it_says_at_once(gated: bool) -> None:
+    net = nn.Sequential(FeedForward(256, FeedForwardSpec(gated=gated, activation="gelu")))
+    prepare(net, "int8")
+    assert net[0].at_once == CHUNK
+    for shape in [(1, CHUNK + 1, 256), (3, 300, 256), (2, 5, 256)]:
+        x = torch.randn(shape)
+        together = net(x)
+        net[0].at_once = None
+        assert torch.equal(net(x), together)
+        net[0].at_once = CHUNK

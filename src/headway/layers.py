@@ -29,7 +29,12 @@ class Scale(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """activation(x W) V; gated: (activation(x W) * x U) V (GLU variants, 2002.05202)."""
+    """activation(x W) V; gated: (activation(x W) * x U) V (GLU variants, 2002.05202).
+
+    at_once: where it is set, at most so many tokens go through together, so that what lies between stays in the cache.
+    """
+
+    at_once: int | None = None
 
     def __init__(self, width: int, spec: FeedForwardSpec) -> None:
         super().__init__()
@@ -39,6 +44,12 @@ class FeedForward(nn.Module):
         self.leave = residual_output(nn.Linear(hidden, width, bias=spec.bias))
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        if self.at_once is None or x.shape[0] * x.shape[1] <= self.at_once:
+            return self._apply_to(x)
+        parts = x.flatten(0, 1).tensor_split(-(-x.shape[0] * x.shape[1] // self.at_once))
+        return torch.cat([self._apply_to(part) for part in parts]).view(x.shape)
+
+    def _apply_to(self, x: Float[Tensor, "*S C"]) -> Float[Tensor, "*S C"]:
         h = self.enter(x)
         if not self.gated:
             return self.leave(activate(h, self.activation))

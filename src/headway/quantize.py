@@ -20,6 +20,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
 
 from headway.joint import Joint, Part, linear_of
+from headway.layers import FeedForward
 from headway.rounding import MIX, TINY, WORTH, Rounded, blockwise, hadamard
 
 CHUNK = 256  # rows quantized at a time, so that what lies between two operations stays in the cache
@@ -39,6 +40,10 @@ def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = to
     _give_back()
     net.requires_grad_(False).eval()
     _join(net, dtype, mix)
+    if quantize:
+        for module in net.modules():
+            if isinstance(module, FeedForward):
+                module.at_once = CHUNK
     linears = _worth(net)
     fast: dict[nn.Module, nn.Module] = {}
     tables: dict[int, list[nn.Embedding]] = {}  # by their weight, which a linear may share
@@ -61,7 +66,9 @@ def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = to
         _replace(net, fast)
         fast.clear()
         del linear, tied
-        _give_back()
+        if quantize:  # packed weights are as large as those they replace, and come to lie where those lay
+            _give_back()
+    _give_back()
 
 
 def roundings(net: nn.Module, dtype: torch.dtype, mix: int = MIX) -> dict[str, Rounded]:
