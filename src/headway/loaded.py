@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from headway import __version__
 from headway.image import ImageSpec
 from headway.mask import Mask
-from headway.models import seq2seq
+from headway.models import reads_pictures, seq2seq
 from headway.quantize import is_prepared, mix_for, packs, prepare, restore
 from headway.spec import Strict
 from headway.store import write_folder
@@ -91,7 +91,7 @@ class Loaded:
 
     @property
     def kind(self) -> str:
-        """encoder, decoder, seq2seq, vision or dual."""
+        """encoder, decoder, seq2seq, vision, convnet or dual."""
         return self.spec["kind"]
 
     @property
@@ -204,7 +204,7 @@ class Loaded:
         An encoder-decoder's are those of its encoder. `mask` narrows who sees whom (segments, global tokens).
         """
         self._refuse_towers()
-        if self.kind == "vision":
+        if reads_pictures(self.kind):
             return self.net(self._pixels(inputs, valid, mask))
         given = self._given(inputs, valid)
         if isinstance(self.net, seq2seq.Model):
@@ -235,7 +235,7 @@ class Loaded:
         if target is not None:
             raise ValueError(f"target= is for encoder-decoders, and this is a {self.kind}: leave it out")
         name = head or self.only_head()
-        if self.kind == "vision":
+        if reads_pictures(self.kind):
             return self.net.head(name, self.net(self._pixels(inputs, valid, mask)))
         given = self._given(inputs, valid)
         mask = self.global_tokens(name, given) if mask is None else mask

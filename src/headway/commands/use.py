@@ -37,7 +37,9 @@ def embed(
     normalize: Annotated[
         bool | None, typer.Option("--normalize/--raw", help="Scale to length one (default: as the checkpoint says).")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Put the checkpoint's prefix for it before texts (query).")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Put the checkpoint's prefix for it before texts (query); or a tower's name.")
+    ] = None,
     truncate: Truncate = False,
     batch_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a batch.")] = None,
     dtype: Dtype = "float32",
@@ -98,13 +100,14 @@ def classify(
     dtype: Dtype = "float32",
     quantize: Quantize = None,
 ) -> None:
-    """Say what texts or pictures are, or what the words of texts are, and how likely."""
+    """Say what texts or pictures are, or what the words of texts are, and how likely. A tab parts a pair of texts."""
+    from headway.models import reads_pictures
     from headway.use.rows import Pictures, Source, Texts, chunks
 
     if bool(inputs) == (file is not None):
         raise ValueError("classify: give texts (or paths of pictures), or --file FILE: one of them")
     loaded = _load(model, dtype, quantize)
-    pictured = loaded.kind in ("vision", "dual")
+    pictured = loaded.kind == "dual" or reads_pictures(loaded.kind)
     given: Iterator[list[Any]]
     if file is not None:
         source: Source = Pictures(file, field) if pictured else Texts(file, field)
@@ -115,9 +118,12 @@ def classify(
     empty = True
     for part in given:
         empty = False
+        if not pictured and any("\t" in one for one in part):
+            part = [tuple(one.split("\t", 1)) for one in part]
         results = loaded.classify(part, names, top=top, template=template, truncate=truncate)
         for one, found in zip(part, results, strict=True):
-            typer.echo(_classified(str(one), found, as_json, top or 1))
+            shown = " ".join(one) if isinstance(one, tuple) else str(one)
+            typer.echo(_classified(shown, found, as_json, top or 1))
     if empty:
         raise ValueError(f"{file}: nothing to classify, it has no rows")
 

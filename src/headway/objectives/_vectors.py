@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,6 +65,16 @@ def reader(tools: Tools) -> PublishedTokenizer:
         return tools.source
     assert tools.source is not None, "an objective that reads texts names their columns"
     return dressed(tools.source, lowercase=tools.lowercase)
+
+
+def tower_tools(tools: Tools) -> Tools:
+    """Those of the second of two towers that read texts, ready to be used as published tokenizers are."""
+    from headway.vocabulary.own import dressed
+
+    target = tools.target
+    if target is None:
+        raise ValueError("the second tower has no tokenizer of its own here: load a model that has")
+    return replace(tools, source=target if isinstance(target, PublishedTokenizer) else dressed(target))
 
 
 def hidden(model: Any, batch: Any, start: Loaded | None = None, task: str = "") -> Float[Tensor, "B T C"]:

@@ -6,6 +6,7 @@ mean: (1/T) sum_t h_t; first: h_1; last: h_T; or what a pooling head makes of th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from headway import models
 from headway.heads import HeadSpec, pool
 from headway.loaded import Loaded
 from headway.use.passes import Watch, compute, groups, listed, pictures, strings
@@ -33,11 +35,11 @@ def embed(
 ) -> Float[Tensor, "N C"]:
     """See `headway.hub.Loaded.embed`."""
     inputs = checked(model, inputs)
-    if task is not None:
+    if task is not None and not (model.kind == "dual" and task in model.net.towers):
         inputs = [prefix_of(model, task) + text for text in inputs]
     found: Tensor | None = None
     scaled = scales(model, pooling) if normalize is None else normalize
-    for rows, part in _parts(model, inputs, pooling, truncate, batch_tokens, watch):
+    for rows, part in _parts(model, inputs, pooling, task, truncate, batch_tokens, watch):
         vectors = F.normalize(part.float(), dim=-1) if scaled else part.float()
         if found is None:
             found = vectors.new_empty(len(inputs), vectors.shape[-1])
@@ -59,12 +61,12 @@ def checked(model: Loaded, inputs: Any) -> list[Any]:
 
 def reads_pictures(model: Loaded, inputs: list[Any]) -> bool:
     """Whether these inputs are pictures: of a model with two towers, what is no str is one."""
-    return model.kind == "vision" or (model.kind == "dual" and not isinstance(inputs[0], str))
+    return models.reads_pictures(model.kind) or (model.kind == "dual" and not isinstance(inputs[0], str))
 
 
 def prefix_of(model: Loaded, task: str) -> str:
     """What the checkpoint's texts begin with in a task ("query", "passage")."""
-    if task not in model.facts.prefixes or model.kind in ("vision", "dual"):
+    if task not in model.facts.prefixes or reads_pictures(model, ["a text"]) or model.kind == "dual":
         there = ", ".join(model.facts.prefixes) or "none"
         raise ValueError(f"embed: this checkpoint has no prefix for the task {task!r} (it has {there}): leave out task")
     return model.facts.prefixes[task]
@@ -88,14 +90,27 @@ def pooling_of(model: Loaded, pooling: str | None) -> str:
 
 
 def _parts(
-    model: Loaded, inputs: list[Any], pooling: str | None, truncate: bool, batch_tokens: int | None, watch: Watch | None
+    model: Loaded,
+    inputs: list[Any],
+    pooling: str | None,
+    task: str | None,
+    truncate: bool,
+    batch_tokens: int | None,
+    watch: Watch | None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Vectors as they come, not yet scaled, with which inputs they are of."""
     pictured = reads_pictures(model, inputs)
     if model.kind == "dual":
         if pooling is not None:
             raise ValueError(f"embed: a model with two towers projects its vectors: leave out pooling={pooling!r}")
-        yield from _tower(model, inputs, pictured, truncate, batch_tokens, watch)
+        if pictured:
+            net = tower(model, "image")
+            for rows, pixels in pictures(model, inputs, "embed", watch=watch):
+                yield rows, compute(net.head, "project", compute(net, pixels))
+            return
+        net, reader = reading_tower(model, task)
+        for group in groups(reader, inputs, net=net, truncate=truncate, batch_tokens=batch_tokens, watch=watch):
+            yield group.rows, compute(net.head, "project", group.hidden, group.ids, group.valid)
         return
     how = pooling_of(model, pooling)
     if pictured:
@@ -115,17 +130,15 @@ def _pooled(
     return model.net.head(how, hidden) if ids is None else model.net.head(how, hidden, ids, valid)
 
 
-def _tower(
-    model: Loaded, inputs: list[Any], pictured: bool, truncate: bool, batch_tokens: int | None, watch: Watch | None
-) -> Iterator[tuple[list[int], Tensor]]:
-    """The projections of one of two towers."""
-    net = tower(model, "image" if pictured else "text")
-    if pictured:
-        for rows, pixels in pictures(model, inputs, "embed", watch=watch):
-            yield rows, compute(net.head, "project", compute(net, pixels))
-        return
-    for group in groups(model, inputs, net=net, truncate=truncate, batch_tokens=batch_tokens, watch=watch):
-        yield group.rows, compute(net.head, "project", group.hidden, group.ids, group.valid)
+def reading_tower(model: Loaded, task: str | None) -> tuple[Any, Loaded]:
+    """The tower that reads texts, and the model with its tokenizer; where both do, `task` names one (or the first)."""
+    names = list(model.net.towers)
+    name = task or ("text" if "image" in names else names[0])
+    reader = model
+    if "image" not in names and name == names[1]:
+        reader = copy(model)
+        reader.source = model.target
+    return tower(model, name), reader
 
 
 def tower(model: Loaded, name: str) -> Any:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from headway.loaded import Loaded
+from headway.models import reads_pictures
 from headway.spec import Strict, convert
 from headway.store import read_json, write_text
 from headway.use.embed import embed
@@ -85,9 +86,10 @@ def embed_file(
             f"{part}: a run was stopped here: --resume goes on with it; to start anew, remove {record.name}"
         )
     listed = images or file.is_dir() or file.suffix.lower() in PICTURES
-    if listed and model.kind not in ("vision", "dual"):
+    sees = reads_pictures(model.kind)
+    if listed and not sees and model.kind != "dual":
         raise ValueError(f"{file}: pictures, and this model reads texts: name a file of texts")
-    pictured = listed or model.kind == "vision"
+    pictured = listed or sees
     source: Source = Pictures(file, field) if pictured else Texts(file, field)
     scan = source.scan()
     if not scan.rows:
