@@ -32,7 +32,7 @@ except ModuleNotFoundError:
 
 HERE = Path(__file__).parent / "templates"
 SHARED = Path(__file__).parents[1] / "compare" / "templates"  # the colours and type of all our pages
-SCRIPTS = ("data.js", "draw.js", "lines.js", "matrix.js", "text.js", "tables.js", "page.js")
+SCRIPTS = ("data.js", "draw.js", "lines.js", "matrix.js", "text.js", "tables.js", "heads.js", "page.js")
 WHOLE_BYTES = 48 * 2**20  # what all maps of a page may take before they are deflated: 512 tokens with 192 heads
 LONGEST_WHOLE = 1024
 THUMB, BLOCKS, TOP = 32, 256, 8

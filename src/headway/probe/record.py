@@ -48,12 +48,16 @@ class Place(Strict, frozen=True, kw_only=True):
 
 
 class Head(Strict, frozen=True, kw_only=True):
-    """Its summary: the pattern that holds and its score in 0..1, entropy in nats, mean distance in tokens."""
+    """Its summary: the pattern that holds and its score in 0..1, entropy in nats, mean distance in tokens.
+
+    error: of an implied map, |map - softmax| / |softmax|, of the softmax that it may come near.
+    """
 
     pattern: str | None = None
     score: float | None = None
     entropy: float | None = None
     distance: float | None = None
+    error: float | None = None
 
 
 @runtime_checkable

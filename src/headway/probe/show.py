@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from headway.probe.look import Look
 
 TILE = 256  # rows
+LONGEST_COMPARED = 1024  # tokens up to which an implied map is compared with its softmax as a whole
 PATCH = re.compile(r"r(\d+)c(\d+)")
 ROLLOUT = (
     "Attention rollout (2005.00928): what share of each token comes from each token that went in, through all layers"
@@ -192,9 +193,12 @@ def _place(place: Seen, numbers: dict[str, int], **more: Any) -> Place:
 def _implied(look: Look, place: Seen, numbers: dict[str, int]) -> Shown:
     from headway.probe.implied import whole
 
-    count = whole(look.at(place.layer, stack=place.stack, slot=place.slot), 0, slice(0, 1)).map.shape[1]
+    where: dict[str, Any] = {"layer": place.layer, "stack": place.stack, "slot": place.slot}
+    count = whole(look.at(**where), 0, slice(0, 1)).map.shape[1]
     one = _place(place, numbers, heads=count, note=IMPLIED.format(place.mixer), share=False)
-    return Shown(one, [Head()] * count, Implied(look, place))
+    long = len(look.tokens[place.queries]) > LONGEST_COMPARED
+    errors = [None if long else look.implied(head=head, **where).error for head in range(count)]
+    return Shown(one, [Head(error=error) for error in errors], Implied(look, place))
 
 
 def _influence(look: Look, place: Seen, numbers: dict[str, int]) -> Shown:

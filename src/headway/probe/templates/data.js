@@ -15,7 +15,9 @@ async function arrived(id) {
 
 async function unpacked(id) {
   const text = await arrived(id);
-  const packed = Uint8Array.fromBase64 ? Uint8Array.fromBase64(text) : Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const packed = Uint8Array.fromBase64
+    ? Uint8Array.fromBase64(text)
+    : Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   return new Response(stream).arrayBuffer();
 }
@@ -70,7 +72,12 @@ class Sparse {
     this.columns = tokensOf(place, 1).length;
     const [down, across] = [Math.ceil(this.rows / how.size), Math.ceil(this.columns / how.size)];
     const kept = this.rows * how.k;
-    this.picture = { rows: down, columns: across, size: how.size, levels: levels(buffer, 0, down * across, how.groundSigned) };
+    this.picture = {
+      rows: down,
+      columns: across,
+      size: how.size,
+      levels: levels(buffer, 0, down * across, how.groundSigned),
+    };
     this.at = new Uint32Array(buffer.slice(down * across, down * across + 4 * kept));
     this.values = levels(buffer, down * across + 4 * kept, kept, how.signed);
     this.sparse = true;
@@ -93,9 +100,11 @@ class Sparse {
 // The columns and levels of the k largest of each row, as a sparse map has them.
 function largestOfRows(map, k) {
   k = Math.min(k, map.columns);
-  const at = new Uint32Array(map.rows * k), values = new Int16Array(map.rows * k);
+  const at = new Uint32Array(map.rows * k),
+    values = new Int16Array(map.rows * k);
   for (let i = 0; i < map.rows; i++) {
-    const from = i * k, row = map.row(i);
+    const from = i * k,
+      row = map.row(i);
     for (let j = 0; j < map.columns; j++) {
       const size = Math.abs(row[j]);
       if (size <= Math.abs(values[from + k - 1])) continue;
@@ -124,7 +133,9 @@ function levelsSeen(map, chosen) {
   if (chosen) return chosen.end ? map.column(chosen.index) : map.row(chosen.index);
   const sums = new Float64Array(map.columns);
   if (map.sparse) map.at.forEach((j, n) => (sums[j] += weightOf(map, map.values[n])));
-  else for (let i = 0, n = 0; i < map.rows; i++) for (let j = 0; j < map.columns; j++) sums[j] += Math.sign(map.all[n]) * map.all[n++] ** 2;
+  else
+    for (let i = 0, n = 0; i < map.rows; i++)
+      for (let j = 0; j < map.columns; j++) sums[j] += Math.sign(map.all[n]) * map.all[n++] ** 2;
   const top = sums.reduce((most, v) => Math.max(most, Math.abs(v)), 0) || 1;
   return Int16Array.from(sums, (v) => Math.round(Math.sign(v) * 255 * Math.sqrt(Math.abs(v) / top)));
 }
@@ -148,7 +159,8 @@ function percent(weight) {
   if (size > 0 && size < 0.005) return "<0.01%";
   return `${(weight * 100).toFixed(size >= 9.95 ? 0 : size >= 0.995 ? 1 : 2)}%`;
 }
-const shownWeight = (map, level) => (map.how.signed || !map.share ? weightOf(map, level).toPrecision(3) : percent(weightOf(map, level)));
+const shownWeight = (map, level) =>
+  map.how.signed || !map.share ? weightOf(map, level).toPrecision(3) : percent(weightOf(map, level));
 
 // A token in few words: without the spaces around it.
 const shown = (token) => visible(token).trim() || visible(token);
@@ -156,5 +168,9 @@ const shown = (token) => visible(token).trim() || visible(token);
 // A token as it can be seen: spaces and ends of lines have signs.
 function visible(token) {
   if (token === "") return "∅";
-  return token.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/^ +$/, (s) => "␣".repeat(s.length)).replace(/[\u0000-\u001f\u007f]/g, "�");
+  return token
+    .replace(/\n/g, "↵")
+    .replace(/\t/g, "⇥")
+    .replace(/^ +$/, (s) => "␣".repeat(s.length))
+    .replace(/[\u0000-\u001f\u007f]/g, "�");
 }

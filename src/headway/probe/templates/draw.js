@@ -7,7 +7,8 @@ function el(name, attributes = {}, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
     if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
-    else if (value !== null && value !== undefined && value !== false) made.setAttribute(key, value === true ? "" : value);
+    else if (value !== null && value !== undefined && value !== false)
+      made.setAttribute(key, value === true ? "" : value);
   }
   made.append(...children);
   return made;
@@ -15,16 +16,27 @@ function el(name, attributes = {}, ...children) {
 
 // One blue, darker (on dark: lighter) the larger the level, so that it reads without colour; orange for below zero.
 const STOPS = {
-  light: [["#f5f8fb", "#c9e0f0", "#82badf", "#2f86c1", "#0a568c", "#06294a"], ["#faf7f4", "#f7d9bd", "#efab6b", "#cf7420", "#8d4a08", "#4a2503"]],
-  dark: [["#1a1f26", "#173a56", "#1e6497", "#3f9bd8", "#9bd0f4", "#f4faff"], ["#1a1f26", "#4a2f14", "#85521a", "#cf8430", "#f3bd83", "#fff3e6"]],
-  picture: [["#00224e", "#2a3f6d", "#575d6d", "#8a8779", "#c3b369", "#fee838"], ["#00224e", "#4a2f14", "#85521a", "#cf8430", "#f3bd83", "#fff3e6"]],
+  light: [
+    ["#f5f8fb", "#c9e0f0", "#82badf", "#2f86c1", "#0a568c", "#06294a"],
+    ["#faf7f4", "#f7d9bd", "#efab6b", "#cf7420", "#8d4a08", "#4a2503"],
+  ],
+  dark: [
+    ["#1a1f26", "#173a56", "#1e6497", "#3f9bd8", "#9bd0f4", "#f4faff"],
+    ["#1a1f26", "#4a2f14", "#85521a", "#cf8430", "#f3bd83", "#fff3e6"],
+  ],
+  picture: [
+    ["#00224e", "#2a3f6d", "#575d6d", "#8a8779", "#c3b369", "#fee838"],
+    ["#00224e", "#4a2f14", "#85521a", "#cf8430", "#f3bd83", "#fff3e6"],
+  ],
 };
 const hex = (colour) => [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
 
 function ramp(stops) {
-  const colours = stops.map(hex), last = stops.length - 1;
+  const colours = stops.map(hex),
+    last = stops.length - 1;
   return Array.from({ length: 256 }, (_, level) => {
-    const at = (level / 255) * last, from = Math.min(Math.floor(at), last - 1);
+    const at = (level / 255) * last,
+      from = Math.min(Math.floor(at), last - 1);
     return colours[from].map((c, i) => Math.round(c + (colours[from + 1][i] - c) * (at - from)));
   });
 }
@@ -34,7 +46,9 @@ class Palette {
     this.ramps = STOPS[name].map(ramp);
     this.css = this.ramps.map((one) => one.map((rgb) => `rgb(${rgb.join(" ")})`));
     this.ink = this.ramps.map((one) => one.map((rgb) => (luminance(rgb) > 0.179 ? "#000" : "#fff")));
-    this.words = this.ramps.map((one) => new Uint32Array(one.map(([r, g, b]) => (255 << 24) | (b << 16) | (g << 8) | r)));
+    this.words = this.ramps.map(
+      (one) => new Uint32Array(one.map(([r, g, b]) => (255 << 24) | (b << 16) | (g << 8) | r)),
+    );
   }
   colour(level) {
     return this.css[level < 0 ? 1 : 0][Math.abs(level)];

@@ -1,7 +1,9 @@
 // Lines: those who look on the left, what they look at on the right; the stronger a line, the more weight.
 // Only what can be seen is drawn, so that length costs nothing.
 
-const ROW = 26, LINES_OF_A_ROW = 8, LINES_OF_A_CHOICE = 64;
+const ROW = 26,
+  LINES_OF_A_ROW = 8,
+  LINES_OF_A_CHOICE = 64;
 
 class Lines {
   constructor(box, map, place, act) {
@@ -10,10 +12,21 @@ class Lines {
     this.canvas = el("canvas", { "aria-hidden": "true" });
     this.columns = [0, 1].map((end) => new Column(end, place, act, (to) => this.columns[to].box.focus()));
     const rows = Math.max(map.rows, map.columns);
-    this.sheet = el("div", { class: "sheet" }, this.columns[0].box, el("div", { class: "between" }, this.canvas), this.columns[1].box);
+    this.sheet = el(
+      "div",
+      { class: "sheet" },
+      this.columns[0].box,
+      el("div", { class: "between" }, this.canvas),
+      this.columns[1].box,
+    );
     this.sheet.style.height = `${rows * ROW}px`;
     this.scroller = el("div", { class: "lines", onscroll: () => this.redraw() }, this.sheet);
-    const names = el("div", { class: "ends", "aria-hidden": "true" }, el("span", {}, "looks"), el("span", {}, "is looked at"));
+    const names = el(
+      "div",
+      { class: "ends", "aria-hidden": "true" },
+      el("span", {}, "looks"),
+      el("span", {}, "is looked at"),
+    );
     box.replaceChildren(names, this.scroller);
     this.redraw();
   }
@@ -32,7 +45,8 @@ class Lines {
 
   redraw() {
     const { scrollTop, clientHeight } = this.scroller;
-    const first = Math.max(0, Math.floor(scrollTop / ROW) - 2), last = Math.ceil((scrollTop + clientHeight) / ROW) + 2;
+    const first = Math.max(0, Math.floor(scrollTop / ROW) - 2),
+      last = Math.ceil((scrollTop + clientHeight) / ROW) + 2;
     for (const column of this.columns) {
       const levels = this.current && this.current.end !== column.end ? this.levels : null;
       column.render(first, last, levels, this);
@@ -60,10 +74,13 @@ class Lines {
     const groups = Array.from({ length: 17 }, () => []);
     const put = (i, j, level) => level && groups[8 + (Math.round(level / 32) || Math.sign(level))].push([i, j]);
     const { current, top } = this;
-    if (current) for (const { index: other, level } of strongest(this.levels, LINES_OF_A_CHOICE)) put(...(current.end ? [other, current.index] : [current.index, other]), level);
+    if (current)
+      for (const { index: other, level } of strongest(this.levels, LINES_OF_A_CHOICE))
+        put(...(current.end ? [other, current.index] : [current.index, other]), level);
     else {
       for (let n = 0; n < top.at.length; n++) {
-        const i = Math.floor(n / top.k), j = top.at[n];
+        const i = Math.floor(n / top.k),
+          j = top.at[n];
         if ((i >= first && i < last) || (j >= first && j < last)) put(i, j, top.values[n]);
       }
     }
@@ -109,15 +126,19 @@ class Column {
 
 // A list box that one moves through by keys; `move(key, index)` says where to, or nothing.
 function tokenList(end, place, act, move) {
-  const name = `${record.sides[end ? place.columns : place.rows].name}: ${end ? "tokens that are looked at" : "tokens that look"}`;
+  const name = `${record.sides[end ? place.columns : place.rows].name}: tokens that ${end ? "are looked at" : "look"}`;
   const box = el("div", { role: "listbox", tabindex: "0", class: "tokens", "aria-label": name });
   const indexOf = (event) => event.target.closest?.("[role=option]")?.dataset.index;
-  box.addEventListener("pointerover", (event) => event.pointerType !== "touch" && indexOf(event) && act.hover({ end, index: +indexOf(event) }));
+  box.addEventListener(
+    "pointerover",
+    (event) => event.pointerType !== "touch" && indexOf(event) && act.hover({ end, index: +indexOf(event) }),
+  );
   box.addEventListener("pointerleave", () => act.hover(null));
   box.addEventListener("click", (event) => indexOf(event) && act.choose({ end, index: +indexOf(event) }, true));
   box.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const last = tokensOf(place, end).length - 1, chosen = act.chosen();
+    const last = tokensOf(place, end).length - 1,
+      chosen = act.chosen();
     const index = chosen?.end === end ? chosen.index : -1;
     if (event.key === "Escape") act.choose(null);
     else if (event.key === "Home" || event.key === "End") act.choose({ end, index: event.key === "Home" ? 0 : last });
@@ -131,7 +152,12 @@ function tokenList(end, place, act, move) {
 }
 
 function tokenOption(end, index, tokens, as = visible) {
-  const option = el("span", { role: "option", id: `token-${end}-${index}`, "aria-setsize": tokens.length, "aria-posinset": index + 1 });
+  const option = el("span", {
+    role: "option",
+    id: `token-${end}-${index}`,
+    "aria-setsize": tokens.length,
+    "aria-posinset": index + 1,
+  });
   option.dataset.index = index;
   option.append(el("bdi", {}, as(tokens[index])));
   option.title = `token ${index}`;

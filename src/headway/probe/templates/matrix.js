@@ -1,16 +1,31 @@
-// Matrix: a row looks at its columns. It can be zoomed and moved; a sparse map shows block means until it is near enough.
+// Matrix: a row looks at its columns. It can be zoomed and moved.
+// A sparse map shows block means, and the weights that are kept once it is near enough.
 
-const LABELLED = 12, LARGEST_CELL = 34, LONGEST_LABEL = 84;
+const LABELLED = 12,
+  LARGEST_CELL = 34,
+  LONGEST_LABEL = 84;
 
 class Matrix {
   constructor(box, map, place, act) {
     Object.assign(this, { map, place, act, cell: null, current: null, found: [new Set(), new Set()] });
     this.tokens = [0, 1].map((end) => tokensOf(place, end));
-    this.canvas = el("canvas", { tabindex: "0", role: "application", "aria-roledescription": "matrix", "aria-describedby": "hint",
-      "aria-label": `${map.rows} tokens that look, by ${map.columns} that are looked at` });
-    const button = (name, label, action) => el("button", { type: "button", "aria-label": label, title: label, onclick: action }, name);
-    this.tools = el("div", { class: "tools" }, button("−", "Smaller", () => this.zoom(1 / 1.5)), button("+", "Larger", () => this.zoom(1.5)),
-      button("All", "The whole matrix", () => this.whole()), (this.readout = el("output", {})));
+    this.canvas = el("canvas", {
+      tabindex: "0",
+      role: "application",
+      "aria-roledescription": "matrix",
+      "aria-describedby": "hint",
+      "aria-label": `${map.rows} tokens that look, by ${map.columns} that are looked at`,
+    });
+    const button = (name, label, action) =>
+      el("button", { type: "button", "aria-label": label, title: label, onclick: action }, name);
+    this.tools = el(
+      "div",
+      { class: "tools" },
+      button("−", "Smaller", () => this.zoom(1 / 1.5)),
+      button("+", "Larger", () => this.zoom(1.5)),
+      button("All", "The whole matrix", () => this.whole()),
+      (this.readout = el("output", {})),
+    );
     box.replaceChildren(this.tools, this.canvas);
     this.box = box;
     this.listen();
@@ -18,7 +33,8 @@ class Matrix {
   }
 
   whole() {
-    const width = this.box.clientWidth, height = Math.max(320, Math.min(innerHeight * 0.8, 900));
+    const width = this.box.clientWidth,
+      height = Math.max(320, Math.min(innerHeight * 0.8, 900));
     const { rows, columns } = this.map;
     this.most = { width, height };
     const bare = Math.min((width - 2) / columns, (height - 2) / rows);
@@ -48,13 +64,15 @@ class Matrix {
   show({ current, found, chosen, follow }) {
     Object.assign(this, { current, found });
     if (!current) this.cell = null;
-    if (follow && chosen) this.into(chosen.end ? null : chosen.index, chosen.end ? chosen.index : (this.cell?.column ?? null));
+    if (follow && chosen)
+      this.into(chosen.end ? null : chosen.index, chosen.end ? chosen.index : (this.cell?.column ?? null));
     this.redraw();
   }
 
   // Moves so that a row and a column are in view.
   into(row, column) {
-    const { size, side, head, most } = this, [across, down] = [(most.width - side) / size, (most.height - head) / size];
+    const { size, side, head, most } = this,
+      [across, down] = [(most.width - side) / size, (most.height - head) / size];
     if (row !== null && (row < this.top || row + 1 > this.top + down)) this.top = row - down / 2;
     if (column !== null && (column < this.left || column + 1 > this.left + across)) this.left = column - across / 2;
   }
@@ -70,10 +88,14 @@ class Matrix {
     const { map, size, most } = this;
     this.measure();
     const { side, head } = this;
-    const across = Math.min(map.columns, (most.width - side - 1) / size), down = Math.min(map.rows, (most.height - head - 1) / size);
+    const across = Math.min(map.columns, (most.width - side - 1) / size),
+      down = Math.min(map.rows, (most.height - head - 1) / size);
     this.left = Math.min(Math.max(this.left, 0), map.columns - across);
     this.top = Math.min(Math.max(this.top, 0), map.rows - down);
-    const width = across * size, height = down * size, { left, top } = this, block = map.picture.size;
+    const width = across * size,
+      height = down * size,
+      { left, top } = this,
+      block = map.picture.size;
     const context = sharp(this.canvas, side + width + 1, head + height + 1);
     context.imageSmoothingEnabled = size * block < 1;
     context.drawImage(this.image, left / block, top / block, across / block, down / block, side, head, width, height);
@@ -99,7 +121,8 @@ class Matrix {
   }
 
   drawKept(context) {
-    const { k, at, values } = this.map.largest(), last = Math.min(this.map.rows, Math.ceil(this.top + this.most.height / this.size));
+    const { k, at, values } = this.map.largest(),
+      last = Math.min(this.map.rows, Math.ceil(this.top + this.most.height / this.size));
     for (let i = Math.floor(this.top); i < last; i++) {
       for (let n = i * k; n < (i + 1) * k; n++) {
         context.fillStyle = palette().colour(values[n]);
@@ -137,13 +160,20 @@ class Matrix {
     context.textBaseline = "middle";
     const write = (end, from, count, put) => {
       for (let i = Math.floor(from); i < Math.min(this.tokens[end].length, Math.ceil(from + count)); i++) {
-        const same = this.cell ? this.cell[end ? "column" : "row"] === i : this.current?.end === end && this.current.index === i;
+        const same = this.cell
+          ? this.cell[end ? "column" : "row"] === i
+          : this.current?.end === end && this.current.index === i;
         context.fillStyle = inkOf(same || this.found[end].has(i) ? "--accent" : "--ink");
         put(labelOf(this.tokens[end][i]), i + 0.5);
       }
     };
     context.textAlign = "right";
-    write(0, this.top, down, (text, at) => this.y(at) >= this.head && context.fillText(text, this.side - 6, this.y(at), this.side - 8));
+    write(
+      0,
+      this.top,
+      down,
+      (text, at) => this.y(at) >= this.head && context.fillText(text, this.side - 6, this.y(at), this.side - 8),
+    );
     context.textAlign = "left";
     write(1, this.left, across, (text, at) => {
       if (this.x(at) < this.side) return;
@@ -160,7 +190,9 @@ class Matrix {
     const column = Math.floor((event.clientX - box.left - this.side) / this.size + this.left);
     const row = Math.floor((event.clientY - box.top - this.head) / this.size + this.top);
     const inside = event.clientX >= box.left + this.side && event.clientY >= box.top + this.head;
-    return inside && row >= 0 && column >= 0 && row < this.map.rows && column < this.map.columns ? { row, column } : null;
+    return inside && row >= 0 && column >= 0 && row < this.map.rows && column < this.map.columns
+      ? { row, column }
+      : null;
   }
 
   read(cell) {
@@ -169,7 +201,8 @@ class Matrix {
     const level = this.map.row(cell.row)[cell.column];
     const unknown = this.map.sparse && !level;
     const weight = unknown ? "not among its largest" : shownWeight(this.map, level);
-    this.readout.textContent = `${shown(this.tokens[0][cell.row])} (${cell.row}) → ${shown(this.tokens[1][cell.column])} (${cell.column}): ${weight}`;
+    const [from, to] = [shown(this.tokens[0][cell.row]), shown(this.tokens[1][cell.column])];
+    this.readout.textContent = `${from} (${cell.row}) → ${to} (${cell.column}): ${weight}`;
   }
 
   listen() {
@@ -201,12 +234,16 @@ class Matrix {
       this.read(cell);
       this.redraw();
     });
-    canvas.addEventListener("wheel", (event) => {
-      if (!event.ctrlKey) return; // the page's own scrolling stays the page's
-      event.preventDefault();
-      const box = canvas.getBoundingClientRect();
-      this.zoom(Math.exp(-event.deltaY / 200), event.clientX - box.left, event.clientY - box.top);
-    }, { passive: false });
+    canvas.addEventListener(
+      "wheel",
+      (event) => {
+        if (!event.ctrlKey) return; // the page's own scrolling stays the page's
+        event.preventDefault();
+        const box = canvas.getBoundingClientRect();
+        this.zoom(Math.exp(-event.deltaY / 200), event.clientX - box.left, event.clientY - box.top);
+      },
+      { passive: false },
+    );
     canvas.addEventListener("keydown", (event) => this.key(event));
   }
 
@@ -218,9 +255,12 @@ class Matrix {
     else if (event.key === "0") this.whole();
     else if (event.key === "Escape") this.act.choose(null);
     else if (step) {
-      const last = [this.map.rows - 1, this.map.columns - 1], chosen = this.act.chosen();
+      const last = [this.map.rows - 1, this.map.columns - 1],
+        chosen = this.act.chosen();
       const from = this.cell ?? { row: chosen && !chosen.end ? chosen.index : 0, column: -step[1] };
-      const [row, column] = [from.row + step[0], from.column + step[1]].map((n, i) => Math.min(Math.max(n, 0), last[i]));
+      const [row, column] = [from.row + step[0], from.column + step[1]].map((n, i) =>
+        Math.min(Math.max(n, 0), last[i]),
+      );
       this.read({ row, column });
       this.act.choose({ end: 0, index: row }, false, this.readout.textContent);
     } else return;
@@ -234,5 +274,8 @@ const labelOf = (token) => (shown(token).length > 12 ? `${shown(token).slice(0, 
 function labelWidth(tokens) {
   const context = document.createElement("canvas").getContext("2d");
   context.font = labelFont();
-  return Math.min(LONGEST_LABEL, Math.ceil(tokens.reduce((most, token) => Math.max(most, context.measureText(labelOf(token)).width), 0)) + 12);
+  return Math.min(
+    LONGEST_LABEL,
+    Math.ceil(tokens.reduce((most, token) => Math.max(most, context.measureText(labelOf(token)).width), 0)) + 12,
+  );
 }

@@ -2,7 +2,9 @@
 
 const VIEWS = { lines: Lines, matrix: Matrix, text: Text };
 const state = { index: 0, view: "lines", end: 0, chosen: null, hovered: null, matches: [], find: "" };
-let map = null, view = null, frame = 0;
+let map = null,
+  view = null,
+  frame = 0;
 
 const act = {
   hover(token) {
@@ -18,7 +20,8 @@ const act = {
     state.hovered = null;
     show(!again && token !== null);
     remember();
-    $("status").textContent = said ?? (state.chosen && map ? sentence(map, here().place, state.chosen, levelsSeen(map, state.chosen)) : "");
+    $("status").textContent =
+      said ?? (state.chosen && map ? sentence(map, here().place, state.chosen, levelsSeen(map, state.chosen)) : "");
   },
   chosen: () => state.chosen,
   end: () => state.end,
@@ -42,7 +45,8 @@ async function open(index) {
 }
 
 function build() {
-  const { place } = here(), { heads } = record;
+  const { place } = here(),
+    { heads } = record;
   const sides = [place.rows, place.columns].map((n) => record.sides[n]);
   state.hovered = null;
   search(false);
@@ -51,7 +55,10 @@ function build() {
   $("lines-name").textContent = isCross(place) ? "Alignment" : "Lines";
   $("text-name").textContent = sides.some((side) => side.grid) ? "Picture" : "Text";
   $("direction").hidden = !(state.view === "text" && isOwn());
-  for (const [name, value] of [["view", state.view], ["end", String(state.end)]])
+  for (const [name, value] of [
+    ["view", state.view],
+    ["end", String(state.end)],
+  ])
     for (const radio of document.getElementsByName(name)) radio.checked = radio.value === value;
   if (isOwn() && state.view === "text" && state.chosen) state.chosen.end = state.end;
   view = new VIEWS[state.view]($("view"), map, place, act);
@@ -61,9 +68,14 @@ function build() {
   for (const details of document.querySelectorAll("details[open]")) fill(details);
 }
 
-function about(place, { pattern, score, entropy, distance }) {
+function about(place, { pattern, score, entropy, distance, error }) {
   const words = [place.note ? `${place.note}. ` : `Mixer: ${place.mixer}. `];
-  if (pattern) words.push(el("strong", {}, `${pattern} ${figure(score, 2)}`), record.definitions[pattern] ? `: ${record.definitions[pattern]}. ` : ". ");
+  if (pattern)
+    words.push(
+      el("strong", {}, `${pattern} ${figure(score, 2)}`),
+      record.definitions[pattern] ? `: ${record.definitions[pattern]}. ` : ". ",
+    );
+  if (error !== null) words.push(`It is ${percent(error)} away from the softmax of the same queries and keys. `);
   if (entropy !== null) words.push(`Entropy ${entropy.toFixed(2)} nats. `);
   if (distance !== null) words.push(`Looks ${distance.toFixed(1)} tokens away on average.`);
   return words;
@@ -71,110 +83,71 @@ function about(place, { pattern, score, entropy, distance }) {
 
 function show(follow = false) {
   if (!map) return;
-  const { place } = here(), current = state.hovered ?? state.chosen;
+  const { place } = here(),
+    current = state.hovered ?? state.chosen;
   const levels = levelsSeen(map, current);
   view.show({ current, chosen: state.chosen, levels, found: found(), follow });
   $("hint").textContent = hint(current);
-  if (!current) return void $("details").replaceChildren(el("p", { class: "note" }, "Point at a token, or choose one, to see where it looks and who looks at it."));
-  const name = el("p", { class: "chosen" }, el("bdi", {}, shown(tokensOf(place, current.end)[current.index])), ` token ${current.index}`);
+  if (!current)
+    return void $("details").replaceChildren(
+      el("p", { class: "note" }, "Point at a token, or choose one, to see where it looks and who looks at it."),
+    );
+  const name = el(
+    "p",
+    { class: "chosen" },
+    el("bdi", {}, shown(tokensOf(place, current.end)[current.index])),
+    ` token ${current.index}`,
+  );
   const other = { end: 1 - current.end, index: current.index };
-  const lists = isOwn() && map.rows === map.columns ? [current.end ? other : current, current.end ? current : other] : [current];
+  const lists =
+    isOwn() && map.rows === map.columns ? [current.end ? other : current, current.end ? current : other] : [current];
   const title = (end) => (end ? "Who looks at it" : "Where it looks") + (end && map.sparse ? ", as far as kept" : "");
-  $("details").replaceChildren(name, ...lists.map((one) => bars(map, place, one, one === current ? levels : levelsSeen(map, one), title(one.end), act)));
+  $("details").replaceChildren(
+    name,
+    ...lists.map((one) => bars(map, place, one, one === current ? levels : levelsSeen(map, one), title(one.end), act)),
+  );
 }
 
 function hint(current) {
-  if (state.view === "lines") return current ? `At most ${LINES_OF_A_CHOICE} lines; shading shows every weight.` : `The ${map.largest(LINES_OF_A_ROW).k} largest weights of each row.`;
-  if (state.view === "matrix") return "Rows look, columns are looked at. Arrow keys move, + and − zoom; drag to move about." + (isCross(here().place) && map.rows * map.columns < 10000 ? " Rings mark the largest of each row." : "");
+  if (state.view === "lines")
+    return current
+      ? `At most ${LINES_OF_A_CHOICE} lines; shading shows every weight.`
+      : `The ${map.largest(LINES_OF_A_ROW).k} largest weights of each row.`;
+  if (state.view === "matrix")
+    return (
+      "Rows look, columns are looked at. Arrow keys move, + and − zoom; drag to move about." +
+      (isCross(here().place) && map.rows * map.columns < 10000 ? " Rings mark the largest of each row." : "")
+    );
   if (current) return "";
   return "Shaded by how much each is looked at on average; scaled to the most.";
 }
 
 function legend() {
   const colours = state.view === "text" && record.sides[here().place.columns].grid ? palette("picture") : palette();
-  const canvas = $("ramp"), context = canvas.getContext("2d");
-  for (let x = 0; x < canvas.width; x++) (context.fillStyle = colours.css[0][Math.round((x / (canvas.width - 1)) * 255)]), context.fillRect(x, 0, 1, 1);
-  $("legend-text").textContent = `0 to ${shownWeight(map, 255)}, this head's largest` + (map.how.signed ? "; orange is below zero" : "");
-}
-
-// --- The grid of heads
-
-function buildHeads(thumbs) {
-  const groups = Map.groupBy(record.places, (place) => `${place.stack} ${place.slot}`);
-  for (const [, places] of groups) {
-    const title = [several("stack") ? places[0].stack : "", slotName(places[0])].filter(Boolean).join(", ") || "layers";
-    const most = Math.max(...places.map((place) => place.heads));
-    const rows = places.map((place) => {
-      const label = place.slot.match(/^(rollout|relevance)/) ? "all" : String(place.layer);
-      const cells = Array.from({ length: place.heads }, (_, head) => headCell(place.first + head));
-      const row = el("div", { role: "row" }, el("span", { role: "rowheader" }, el("span", { class: "hidden" }, "layer "), label), ...cells);
-      row.style.gridTemplateColumns = `1.6rem repeat(${most}, minmax(20px, 52px))`;
-      return row;
-    });
-    const grid = el("div", { role: "grid", "aria-label": `Heads: ${title}`, "aria-describedby": "choose-help", onkeydown: moveHead, onclick: pickHead }, ...rows);
-    const single = places.length === 1 && most === 1;
-    $("heads").append(el("div", { class: single ? "group single" : "group" }, ...(groups.size > 1 ? [el("h3", {}, title)] : []), el("div", { class: "scroll" }, grid)));
-  }
-  $("heads").append(patterns());
-  paintHeads(thumbs);
-}
-
-function headCell(index) {
-  const { pattern, score } = record.heads[index];
-  const name = headName(index) + (pattern ? `, ${pattern} ${figure(score, 2)}` : "");
-  return el("div", { role: "gridcell", id: `cell-${index}`, tabindex: "-1", "aria-selected": "false", "aria-label": name, title: name, "data-index": index });
-}
-
-function paintHeads(thumbs) {
-  const side = record.thumb;
-  for (let i = 0; i < headsInAll; i++) $(`cell-${i}`).replaceChildren(painted(thumbs.subarray(i * side * side, (i + 1) * side * side), side, side));
-}
-
-// The best head of each pattern, a button each.
-function patterns() {
-  const best = new Map();
-  record.heads.forEach(({ pattern, score }, i) => pattern && (!best.has(pattern) || score > record.heads[best.get(pattern)].score) && best.set(pattern, i));
-  const items = [...best].map(([pattern, i]) =>
-    el("li", {}, el("button", { type: "button", onclick: () => act.open(i, true) }, el("strong", {}, pattern), ` ${headName(i)}`, el("small", {}, `score ${figure(record.heads[i].score, 2)}`))));
-  return items.length ? el("div", { class: "patterns" }, el("h3", {}, "Clearest of each pattern"), el("ul", {}, ...items)) : el("div");
-}
-
-function selectHead() {
-  for (const cell of document.querySelectorAll("[role=gridcell][tabindex='0']")) (cell.tabIndex = -1), cell.setAttribute("aria-selected", "false");
-  const cell = $(`cell-${state.index}`);
-  cell.tabIndex = 0;
-  cell.setAttribute("aria-selected", "true");
-}
-
-function pickHead(event) {
-  const cell = event.target.closest("[role=gridcell]");
-  if (cell) open(+cell.dataset.index);
-}
-
-function moveHead(event) {
-  const { place, head } = here(), row = record.places.indexOf(place);
-  const to = (n) => record.places[n] && record.places[n].first + Math.min(head, record.places[n].heads - 1);
-  const moves = { ArrowLeft: state.index - 1, ArrowRight: state.index + 1, ArrowUp: to(row - 1), ArrowDown: to(row + 1), Home: place.first, End: place.first + place.heads - 1 };
-  if (!(event.key in moves)) return;
-  event.preventDefault();
-  const index = moves[event.key];
-  if (index === undefined || index < 0 || index >= headsInAll) return;
-  open(index);
-  $(`cell-${index}`).focus();
+  const canvas = $("ramp"),
+    context = canvas.getContext("2d");
+  for (let x = 0; x < canvas.width; x++)
+    (context.fillStyle = colours.css[0][Math.round((x / (canvas.width - 1)) * 255)]), context.fillRect(x, 0, 1, 1);
+  $("legend-text").textContent =
+    `0 to ${shownWeight(map, 255)}, this head's largest` + (map.how.signed ? "; orange is below zero" : "");
 }
 
 // --- Search
 
-const found = () => [0, 1].map((end) => new Set(state.matches.filter((one) => one.end === end).map((one) => one.index)));
+const found = () =>
+  [0, 1].map((end) => new Set(state.matches.filter((one) => one.end === end).map((one) => one.index)));
 
 function search(redraw = true) {
-  const wanted = state.find.trim().toLowerCase(), { place } = here();
+  const wanted = state.find.trim().toLowerCase(),
+    { place } = here();
   const ends = isOwn() ? [state.view === "text" ? state.end : 0] : [0, 1];
   const tell = (text) => $("found").textContent === text || ($("found").textContent = text);
   state.matches = [];
   if (wanted)
     for (const end of ends)
-      tokensOf(place, end).forEach((token, index) => token.toLowerCase().includes(wanted) && state.matches.push({ end, index }));
+      tokensOf(place, end).forEach(
+        (token, index) => token.toLowerCase().includes(wanted) && state.matches.push({ end, index }),
+      );
   tell(wanted ? `${state.matches.length} found` : "");
   if (redraw) show();
 }
@@ -190,10 +163,12 @@ function nextMatch() {
 
 // --- The address
 
-let written = "", writing = 0;
+let written = "",
+  writing = 0;
 
 function fragment() {
-  const { place, head } = here(), { chosen } = state;
+  const { place, head } = here(),
+    { chosen } = state;
   const parts = { layer: place.layer, head, view: state.view };
   if (several("stack")) parts.stack = place.stack;
   if (several("slot")) parts.slot = place.slot;
@@ -216,11 +191,15 @@ function remember() {
 }
 
 function restore() {
-  const given = new URLSearchParams(location.hash.slice(1)), number = (key) => (/^\d+$/.test(given.get(key) ?? "") ? Number(given.get(key)) : null);
-  const matching = record.places.filter((place) => ["stack", "slot"].every((key) => !given.has(key) || given.get(key) === place[key]));
+  const given = new URLSearchParams(location.hash.slice(1)),
+    number = (key) => (/^\d+$/.test(given.get(key) ?? "") ? Number(given.get(key)) : null);
+  const matching = record.places.filter((place) =>
+    ["stack", "slot"].every((key) => !given.has(key) || given.get(key) === place[key]),
+  );
   const place = matching.find((one) => one.layer === number("layer")) ?? matching[0] ?? record.places[0];
   state.end = given.get("end") === "1" ? 1 : 0;
   if (given.get("view") in VIEWS) state.view = given.get("view");
+  else if (!given.has("view") && record.sides[place.columns].grid) state.view = "text";
   const token = number("token");
   state.chosen = token === null ? null : { end: state.end, index: token };
   return open(place.first + Math.min(number("head") ?? 0, place.heads - 1));
@@ -236,7 +215,8 @@ function fill(details) {
 }
 
 function nextTheme() {
-  const themes = ["system", "light", "dark"], root = document.documentElement;
+  const themes = ["system", "light", "dark"],
+    root = document.documentElement;
   const next = themes[(themes.indexOf(root.dataset.theme ?? "system") + 1) % 3];
   if (next === "system") delete root.dataset.theme;
   else root.dataset.theme = next;
@@ -244,7 +224,10 @@ function nextTheme() {
 }
 
 async function start() {
-  const sizes = record.sides.map(({ name, tokens, grid }) => `${name}: ${tokens.length.toLocaleString("en")} ${grid ? "patches and marks" : tokens.length === 1 ? "token" : "tokens"}`);
+  const sizes = record.sides.map(({ name, tokens, grid }) => {
+    const what = grid ? "patches and marks" : tokens.length === 1 ? "token" : "tokens";
+    return `${name}: ${tokens.length.toLocaleString("en")} ${what}`;
+  });
   $("what").textContent = `${sizes.join("; ")}. ${headsInAll} map${headsInAll === 1 ? "" : "s"}.`;
   const thumbs = new Uint8Array(await unpacked("thumbs"));
   buildHeads(thumbs);
@@ -262,7 +245,8 @@ async function start() {
   $("find").addEventListener("keydown", (event) => event.key === "Enter" && (event.preventDefault(), nextMatch()));
   $("next").addEventListener("click", nextMatch);
   $("link").addEventListener("click", (event) => (event.preventDefault(), copyLink()));
-  for (const details of document.querySelectorAll("details")) details.addEventListener("toggle", () => details.open && map && fill(details));
+  for (const details of document.querySelectorAll("details"))
+    details.addEventListener("toggle", () => details.open && map && fill(details));
   addEventListener("hashchange", () => location.hash !== written && restore());
   let width = innerWidth;
   addEventListener("resize", () => width !== innerWidth && ((width = innerWidth), map && build()));
@@ -271,7 +255,10 @@ async function start() {
 
 async function copyLink() {
   location.hash = written = fragment();
-  const told = await navigator.clipboard?.writeText(location.href).then(() => "Copied", () => null);
+  const told = await navigator.clipboard?.writeText(location.href).then(
+    () => "Copied",
+    () => null,
+  );
   $("link").textContent = told ?? "It is in the address bar";
   setTimeout(() => ($("link").textContent = "Link to this view"), 2000);
 }
