@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -140,59 +139,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pairs: Path, tmp_path: Path, nam
     assert [p["valid_loss"] for p in whole.progress.curve] == [p["valid_loss"] for p in resumed.progress.curve]
 
 
-KILLED = """
-import json, os, pathlib, signal, sys, time
-import torch
-torch.set_num_threads(1)
-import torch._dynamo, headway.train, rapidfuzz.distance.Levenshtein, tokenizers  # all that would load later
-from headway.train import train
-
-recipe, out, moments = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-
-def start(folder):  # a process of its own, without importing everything again
-    child = os.fork()
-    if child:
-        return child
-    try:
-        train(recipe, out=folder, resume=True)
-    finally:
-        os._exit(0 if os.path.exists(folder + "/result.json") else 1)
-
-def newest():
-    return max((p.name for p in pathlib.Path(out, "killed", "checkpoints").glob("step-*")), default="")
-
-assert os.waitpid(start(out + "/whole"), 0)[1] == 0
-killed = 0
-for moment in moments:
-    before, child = newest(), start(out + "/killed")
-    while newest() == before and os.waitpid(child, os.WNOHANG) == (0, 0):
-        time.sleep(0.001)
-    time.sleep(moment)
-    os.kill(child, signal.SIGKILL)
-    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-assert os.waitpid(start(out + "/killed"), 0)[1] == 0
-print(killed)
-"""
-
-
 def environment() -> dict[str, str]:
     source = str(Path(headway.__file__).parents[1])
     return {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-
-
-def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(pairs: Path, tmp_path: Path) -> None:
-    recipe = task(pairs, checkpoint_seconds=0, budget={"steps": 24}, model=ARCHITECTURES["conv"])
-    moments = [random.uniform(0.0, 0.05) for _ in range(4)]  # after the first checkpoint of each life
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(recipe), str(tmp_path), json.dumps(moments)],
-        env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 2, "it has to be killed while it trains"
-    assert digest(tmp_path / "whole") == digest(tmp_path / "killed")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
-    left = {path.name for path in (tmp_path / "killed").rglob("*") if path.name.endswith(".part")}
-    assert not left
 
 
 def test_a_log_without_a_checkpoint_is_begun_anew(pairs: Path, tmp_path: Path) -> None:
@@ -204,10 +153,11 @@ def test_a_log_without_a_checkpoint_is_begun_anew(pairs: Path, tmp_path: Path) -
     assert [step for step, _ in losses(tmp_path)] == list(range(12))
 
 
-def test_two_checkpoints_are_kept(pairs: Path, tmp_path: Path) -> None:
-    trainer(tmp_path, pairs, checkpoint_seconds=0).fit()
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_so_many_checkpoints_are_kept(pairs: Path, tmp_path: Path, keep: int) -> None:
+    trainer(tmp_path, pairs, checkpoint_seconds=0, keep=keep).fit()
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert kept == ["step-000000011", "step-000000012"]
+    assert kept == [f"step-{step:09d}" for step in range(13 - keep, 13)]
 
 
 def test_a_damaged_checkpoint_is_named(pairs: Path, tmp_path: Path) -> None:

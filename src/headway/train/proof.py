@@ -49,13 +49,17 @@ def _record(path: Path) -> int:
 
 
 def _log(path: Path) -> int:
-    """Every line but the last is one step; a run that is under way, or was killed, may be about to write that one."""
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1]):
+    """A line a step, and none missing up to the newest checkpoint; what is behind it may be cut, where a run was."""
+    lines = path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines):
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):
             step = None
         if step != number:
             raise ValueError(f"{path}:{number + 1}: is not the line of step {number}; the steps before it are whole")
+    newest = max((path.parent / "checkpoints").glob("step-*"), default=None)
+    reached = 0 if newest is None else int(newest.name.removeprefix("step-"))
+    if len(lines) < reached:
+        raise ValueError(f"{path}: ends with step {len(lines)}, and {newest} is later; its last lines are lost")
     return path.stat().st_size
