@@ -45,7 +45,7 @@ def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = to
             if isinstance(module, FeedForward):
                 module.at_once = CHUNK
     linears = _worth(net)
-    fast: dict[nn.Module, nn.Module] = {}
+    places, fast = _places(net), dict[nn.Module, nn.Module]()
     tables: dict[int, list[nn.Embedding]] = {}  # by their weight, which a linear may share
     for module in net.modules():
         if type(module) is nn.Embedding:
@@ -63,7 +63,7 @@ def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = to
             del rounded
         elif torch.backends.mkldnn.is_available():
             fast[linear] = PackedLinear(linear.weight, linear.bias, tied[0] if tied else None)
-        _replace(net, fast)
+        _replace(places, fast)
         fast.clear()
         del linear, tied
         if quantize:  # packed weights are as large as those they replace, and come to lie where those lay
@@ -102,8 +102,8 @@ def restore(net: nn.Module) -> None:
     held = [module for module in net.modules() if isinstance(module, Prepared)]
     if any(not isinstance(module, PackedLinear) for module in held):
         raise ValueError("int8 weights are rounded and cannot be restored: load the model again, without quantize")
-    _replace(net, {module: module.unpacked() for module in held if isinstance(module, PackedLinear)})
-    _replace(net, {module: module.apart() for module in net.modules() if isinstance(module, Part)})
+    _replace(_places(net), {module: module.unpacked() for module in held if isinstance(module, PackedLinear)})
+    _replace(_places(net), {module: module.apart() for module in net.modules() if isinstance(module, Part)})
     net.requires_grad_(True)
 
 
@@ -321,12 +321,24 @@ def _fbgemm() -> Iterator[None]:
         torch.backends.quantized.engine = before
 
 
-def _replace(net: nn.Module, fast: dict[nn.Module, nn.Module]) -> None:
-    """Puts each module's replacement wherever it stands, also where one stands at several places."""
-    for parent in list(net.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in fast:
-                setattr(parent, name, fast[child])
+Places = dict[nn.Module, list[tuple[nn.Module, str]]]
+
+
+def _places(net: nn.Module) -> Places:
+    """Where each module stands, as parents and names."""
+    found: Places = {}
+    for parent in net.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(child, []).append((parent, name))
+    return found
+
+
+def _replace(places: Places, fast: dict[nn.Module, nn.Module]) -> None:
+    """Puts each module's replacement wherever it stands, and forgets the module."""
+    for module, instead in fast.items():
+        for parent, name in places.pop(module, ()):  # a table that two linears share is replaced with the first
+            setattr(parent, name, instead)
 
 
 def _give_back() -> None:
