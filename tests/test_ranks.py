@@ -17,6 +17,17 @@ from tiny import ARCHITECTURES, task, write_pairs
 import headway
 
 STEPS = 20
+TOWER = {
+    "kind": "encoder",
+    "width": 32,
+    "dropout": 0.1,
+    "stack": {
+        "positions": {"name": "learned", "length": 32},
+        "blocks": [{"mixer": {"name": "attention", "heads": 2}, "feedforward": {}}],
+    },
+    "heads": {"project": {"pool": "mean", "outputs": 16, "bias": False}},
+}
+TOWERS = {"kind": "dual", "towers": {"letters": TOWER, "sounds": TOWER}}
 DECODER = {
     "kind": "decoder",
     "width": 32,
@@ -41,6 +52,7 @@ def recipes(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         "decoder": task(pairs, **shared, **text, model=DECODER),
         "seq2seq": task(pairs, **shared, model=ARCHITECTURES["transformer"]),
+        "dual": task(pairs, **shared, objective={"name": "contrastive", "pairs": "target"}, model=TOWERS),
     }
 
 
@@ -87,6 +99,8 @@ def train(folder: Path, recipe: dict[str, Any], ranks: int, *more: str, stop: bo
     [
         ("decoder", 2, "fsdp"),
         ("seq2seq", 4, "ddp"),
+        ("dual", 2, "fsdp"),
+        pytest.param("dual", 4, "ddp", marks=pytest.mark.long),
         pytest.param("decoder", 4, "ddp", marks=pytest.mark.long),
         pytest.param("seq2seq", 2, "fsdp", marks=pytest.mark.long),
     ],

@@ -64,7 +64,7 @@ def _dual(config: Config) -> Published:
     spec = {"kind": "dual", "towers": towers, "scale": math.exp(scale)}
     facts = Facts(family="clip", type="clip", max_tokens=facts.max_tokens, bos=facts.bos, eos=facts.eos, pad=facts.pad,
                   original=config.original())  # fmt: skip
-    found = [Rule(("scale",), ("logit_scale",))]
+    found = [Rule(("scale",), ("logit_scale",), shape=())]
     found += text_rules(towers["text"], "towers.text.") + image_rules(towers["image"], "towers.image.")
     return Published(spec, facts, found, "", ("*position_ids",))
 

@@ -39,8 +39,9 @@ class Model(nn.Module):
         for name, tower in towers.items():
             if "project" not in getattr(tower, "heads", {}):
                 raise ValueError(f"dual: the tower '{name}' has no 'project' head: give it one")
-        self.scale = nn.Parameter(torch.tensor(math.log(spec.scale)))
-        self.bias = None if spec.bias is None else nn.Parameter(torch.tensor(float(spec.bias)))
+        # vectors of one: FSDP cuts no scalars
+        self.scale = nn.Parameter(torch.tensor([math.log(spec.scale)]))
+        self.bias = None if spec.bias is None else nn.Parameter(torch.tensor([float(spec.bias)]))
         self.branches = max(tower.branches for tower in towers.values())
 
     def project(self, name: str, *inputs: Any, **named: Any) -> Float[Tensor, "B P"]:
