@@ -162,6 +162,9 @@ def test_a_long_input_goes_block_by_block_and_its_outputs_share_rows(monkeypatch
     monkeypatch.setattr(module, "BLOCKS", 2)
     drawn = influence(given, probes=16)
     assert (drawn.block, len(drawn.map)) == (4, 3)
+    monkeypatch.setattr(module, "EXACT", 0)
+    fewer = influence(given)
+    assert (fewer.block, len(fewer.map), fewer.error) == (8, 2, pytest.approx(32**-0.5))
     assert float((drawn.map / exact.square().unflatten(0, (3, 4)).sum(1).sqrt() - 1).abs().mean()) < drawn.error
 
 

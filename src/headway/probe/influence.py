@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from headway.probe.look import Look
 
 EXACT = 2**11  # products up to which they are counted out: seconds on a CPU
-PROBES = 32
+PROBES, FEWEST = 32, 4  # of an output: a short one's, and what they sink to as work demands
 TOGETHER = 2**11  # tokens that go through the model at once; a longer input goes alone, block by block
 WORK = 2**16  # tokens to go through the model and back: about a minute for MiniLM on one core
 BLOCKS = 8  # the fewest that outputs are told in, unless the caller says
@@ -54,7 +54,7 @@ def influence(
     layer: of what leaves that layer on what enters it; (a, b): of what leaves layer b on what enters layer a. stack: as
     in `look.map`. of: "source", of a decoder: on what enters the encoder, or with `layer` on what leaves it. row: of a
     batch. rows: the outputs that are wanted. probes: random products an output, or "exact" (default: exact up to 2,048
-    products, else 32 an output). block: outputs that share a row (default: as work needs, 1 for some 40 tokens).
+    products, else 32 a row, 4 for the longest inputs). block: outputs that share a row (default: 1 up to 45 tokens).
     """
     name, body = stack_at(look.net, stack)
     own = {"stack": "source", "encoder": "source", "decoder": "target"}.get(name, name)
@@ -68,15 +68,16 @@ def influence(
         def chain(x: Tensor, context: Tensor | None = given.context) -> Tensor:
             return _chain(body, (first, last), layer is None, x, given.named(len(x), context))
 
+        how: Any = (given.x.shape[1], rows, probes, block)
         if of in (None, own):
-            return _norms(chain, given.x, rows, probes, block)
+            return _norms(chain, given.x, *how)
         if layer is not None:
             assert given.context is not None
-            return _norms(lambda c: chain(given.x.expand(len(c), -1, -1), c), given.context, rows, probes, block)
+            return _norms(lambda c: chain(given.x.expand(len(c), -1, -1), c), given.context, *how)
         _, encoder = stack_at(look.net, "encoder")
         source, ends = Alone(*entering(look.rerun, encoder)[0], row), (0, len(encoder.blocks) - 1)
         encode = lambda x: _chain(encoder, ends, True, x, source.named(len(x), None))
-        return _norms(lambda x: chain(given.x.expand(len(x), -1, -1), encode(x)), source.x, rows, probes, block)
+        return _norms(lambda x: chain(given.x.expand(len(x), -1, -1), encode(x)), source.x, *how)
 
 
 class Alone:
@@ -149,14 +150,13 @@ def _chain(body: Any, ends: tuple[int, int], whole: bool, x: Tensor, named: dict
 def _norms(
     outputs: Callable[[Tensor], Tensor],
     x: Float[Tensor, "1 S C"],
+    queries: int,
     rows: slice | None,
     probes: int | Literal["exact"] | None,
     block: int | None,
 ) -> Influence:
     """Products for several outputs at once, each on a copy of the input."""
-    keys = x.shape[1]
-    with torch.no_grad():
-        _, queries, channels = outputs(x).shape
+    keys, channels = x.shape[1:]
     wanted = list(range(queries)[rows or slice(None)])
     if not wanted or (block is not None and block < 1) or (isinstance(probes, int) and probes < 1):
         raise ValueError(
@@ -164,9 +164,13 @@ def _norms(
         )
     exact = probes == "exact" or (probes is None and len(wanted) * channels <= EXACT)
     each = channels if exact else PROBES if not isinstance(probes, int) else probes
-    block = block or (1 if exact else _block(len(wanted), each * max(keys, queries)))
+    if not exact:
+        block, each = _affordable(len(wanted), max(keys, queries), block, each, asked=probes is not None)
+    block = block or 1
     groups = [wanted[i : i + block] for i in range(0, len(wanted), block)]
-    copies = max(1, TOGETHER // max(keys, queries))
+    products = (len(wanted) if exact else len(groups)) * each
+    rounds = -(-products // max(1, TOGETHER // max(keys, queries)))
+    copies = -(-products // rounds)
     leaf = x.expand(copies, -1, -1).clone().requires_grad_()
     y = outputs(leaf)
     found = torch.zeros(len(groups), keys, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -176,12 +180,15 @@ def _norms(
     return Influence((found if exact else found / each).sqrt(), block, 0.0 if exact else (2 * each) ** -0.5)
 
 
-def _block(outputs: int, work: int) -> int:
-    """Outputs a row: a power of two that keeps the work within bounds, and a few rows."""
-    size = 1
-    while -(-outputs // size) * work > WORK and outputs > BLOCKS * size:
+def _affordable(outputs: int, tokens: int, block: int | None, probes: int, *, asked: bool) -> tuple[int, int]:
+    """Outputs a row, a power of two, and probes an output, that keep the work within bounds as far as may be."""
+    size = block or 1
+    work = lambda: -(-outputs // size) * probes * tokens
+    while block is None and work() > WORK and outputs > BLOCKS * size:
         size *= 2
-    return size
+    while not asked and work() > WORK and probes > FEWEST:
+        probes //= 2
+    return size, probes
 
 
 def _products(
