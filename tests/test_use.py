@@ -433,7 +433,7 @@ def test_a_long_context_is_read_in_windows_that_see_every_part(made: Any) -> Non
     _, model, _ = made("BertForQuestionAnswering")
     encoded = model.tokenizer.encode(QUESTION, LONG)
     count = sum(of == 1 for of in encoded.sequence)
-    cut = answers.windows(model, encoded.ids, encoded.types, encoded.sequence, QUESTION, 10)
+    cut = answers.windows(model.max_tokens, encoded.ids, encoded.types, encoded.sequence, QUESTION, 10)
     assert len(cut) > 2 and all(len(window.ids) <= 40 and len(window.ids) == len(window.types) for window in cut)
     covered = [set(range(w.first, w.first + w.length)) for w in cut]
     assert set().union(*covered) == set(range(count))

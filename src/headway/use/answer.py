@@ -55,7 +55,7 @@ def answer(
             raise ValueError(f"answer: {name} is {least} or more, not {value!r}")
     encoded = model.tokenizer.encode(question, context)
     offsets = [place for place, of in zip(encoded.offsets, encoded.sequence, strict=True) if of == 1]
-    cut = windows(model, encoded.ids, encoded.types, encoded.sequence, question, stride)
+    cut = windows(model.max_tokens, encoded.ids, encoded.types, encoded.sequence, question, stride)
     none, best = 1.0, dict[tuple[int, int], float]()
     for group in passes(model, [w.ids for w in cut], [w.types for w in cut], task="spans"):
         logits = model.net.head("spans", group.hidden, group.ids, group.valid).float()
@@ -75,14 +75,14 @@ def answer(
 
 
 def windows(
-    model: Loaded, ids: list[int], types: list[int], sequence: list[int | None], question: str, stride: int
+    most: int | None, ids: list[int], types: list[int], sequence: list[int | None], question: str, stride: int
 ) -> list[Window]:
-    """The pair as it stands, or, where it is longer than the model takes, with parts of the context in turn."""
+    """The pair as it stands, or, where it has more than `most` tokens, with parts of the context in turn."""
     places = [i for i, of in enumerate(sequence) if of == 1]
     if not places:
         raise ValueError("answer: the context has no tokens: give a text")
     head, tail = places[0], places[-1] + 1
-    limit = model.max_tokens or len(ids)
+    limit = most or len(ids)
     room = limit - head - (len(ids) - tail)
     if len(ids) <= limit:
         return [Window(ids, types, head, 0, len(places))]
