@@ -114,7 +114,7 @@ def heads_of_smollm() -> list[str]:
         says = f"{pattern}, layer {best.layer} head {best.head}: {best.score:.2f}"
         name = f"smollm-{pattern.replace(' ', '-')}"
         drawing = matrix(look.map(best.layer, best.head), tokens, tokens, name, says)
-        lines += [f"### {says}", f"The head {PATTERNS[pattern].definition}.", drawing]
+        lines += [f"### {says}", f"What it does: {PATTERNS[pattern].definition}.", drawing]
     return lines
 
 
@@ -132,7 +132,7 @@ def alignment(trained: str | None) -> list[str]:
     best = clearest(look, "alignment")
     weights = look.map(best.layer, best.head, stack="decoder", slot="cross")
     says = f"alignment, decoder layer {best.layer} head {best.head}: {best.score:.2f}"
-    told = f"A Transformer that learned to pronounce English words in about a minute, at *{WORD}*. The head"
+    told = f"A Transformer that learned to pronounce English words in about a minute, at *{WORD}*. What it does:"
     told += f" {PATTERNS['alignment'].definition}."
     drawing = matrix(weights, look.written or [], look.tokens["source"], "alignment", says, 24)
     return ["## An encoder-decoder: letters to phonemes", f"### {says}", told, drawing]
