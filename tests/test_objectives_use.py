@@ -57,6 +57,7 @@ def task(source: Path, objective: dict[str, Any], kind: str, **changed: Any) -> 
 
 def test_a_trained_decoder_goes_on_from_a_text(texts: Path, tmp_path: Path, run: Headway) -> None:
     result = headway.train(task(texts, {"name": "causal"}, "decoder", budget={"steps": 60}), out=tmp_path / "run")
+    assert result["use"] == 'generate {} "TEXT"'
     assert result["bits_per_byte"] < 8 and result["bits_per_byte_xz_baseline"] > 0
     model = headway.load(tmp_path / "run")
     found = model.generate(["a rose"], max_tokens=8)[0]
@@ -71,6 +72,7 @@ def test_a_trained_decoder_goes_on_from_a_text(texts: Path, tmp_path: Path, run:
 def test_a_trained_encoder_fills_gaps(texts: Path, tmp_path: Path, run: Headway) -> None:
     objective = {"name": "masked", "probe": True}
     result = headway.train(task(texts, objective, "encoder", budget={"steps": 100}), out=tmp_path / "run")
+    assert result["use"] == 'fill {} "This is a <mask>."'
     assert result["fill_perplexity"] < 150, "of 300 tokens"
     assert 0 <= result["fill_accuracy"] <= 1 and result["fill_accuracy_baseline"] > 0
     assert result["probe_labels"] == 2 and 0 <= result["probe_accuracy"] <= 1

@@ -81,7 +81,8 @@ def train(
     if _silent():
         return
     summary([result], chosen.data.source == "cmudict")
-    typer.echo(f"\nUse it: headway run {folder} {_example(chosen.data.source)}")
+    how = result.get("use", 'run {} "TEXT"').replace('"TEXT"', _example(chosen.data.source))
+    typer.echo(f"\nUse it: headway {how.replace('{}', str(folder))}")
 
 
 @app.command()
@@ -270,7 +271,7 @@ def _explain_training() -> None:
 
 
 def _example(source: str) -> str:
-    return "headway" if source == "cmudict" else '"TEXT"'
+    return {"cmudict": "headway", "documentation": '"The"', "library": '"def main("'}.get(source, '"TEXT"')
 
 
 for command in commands.found():

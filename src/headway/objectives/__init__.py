@@ -138,6 +138,11 @@ class Base:
         """What something plain that learns from the training rows reaches on held-out ones: `..._baseline`."""
         return {}
 
+    def use(self, tools: Tools) -> str:
+        """The command that uses what was trained, with {} for its folder: shown when a run ends."""
+        known = {"decoder": 'generate {} "TEXT"', "seq2seq": 'run {} "TEXT"'}
+        return known.get(self.KINDS[0], "embed {} FILE -o vectors.npy")
+
     def loaded(self, net: nn.Module, spec: dict[str, Any], tools: Tools) -> Loaded:
         """The trained model as `headway.load` gives it."""
         start, source = tools.start, tools.source

@@ -68,6 +68,9 @@ class Objective(Base):
         self.weight: Tensor | None = None
         self.KINDS = ("vision", "convnet") if of == "image" else ("encoder",)
 
+    def use(self, tools: Tools) -> str:
+        return "classify {} PICTURE.png" if self.of == "image" else 'classify {} "TEXT"'
+
     def columns(self) -> dict[str, str]:
         return OF[self.of]
 

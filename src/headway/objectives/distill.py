@@ -98,6 +98,9 @@ class Objective(Base):
     def rehearse(self, net: nn.Module, batch: Any, tools: Tools) -> None:
         self.inner.rehearse(net, batch, tools)
 
+    def use(self, tools: Tools) -> str:
+        return self.inner.use(tools)
+
     def loaded(self, net: nn.Module, spec: dict[str, Any], tools: Tools) -> Loaded:
         """With what is known of how to use the teacher, its family apart."""
         made = self.inner.loaded(net, spec, tools)

@@ -23,6 +23,7 @@ from headway.objectives._probe import probed
 from headway.objectives._tokens import Tokens, guessed, pieces, rows_of
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
+from headway.vocabulary import PublishedTokenizer
 
 HEAD = {"dense": True, "activation": "gelu", "norm": "layer", "tie": True}
 
@@ -58,6 +59,10 @@ class Objective(Base):
             raise ValueError(f"objective.static is how many copies of a text have gaps of their own, not {static}")
         self.rate, self.mask, self.swap, self.whole_word, self.static = rate, mask, swap, whole_word, static
         self.pack, self.probe = pack, probe
+
+    def use(self, tools: Tools) -> str:
+        names = tools.source.facts.names if isinstance(tools.source, PublishedTokenizer) else {}
+        return f'fill {{}} "This is a {names.get("mask", "<mask>")}."'
 
     def columns(self) -> dict[str, str]:
         return {"text": "source", "label": "label"} if self.probe else {"text": "source"}

@@ -169,6 +169,7 @@ def run_entry(
         "steps": progress.step,
         "tokens": progress.tokens,
         "curve": progress.curve,
+        "use": prepared.objective.use(prepared.tools),
         "hardware": hardware(),
         "versions": versions(),
         **after(model, scored),
