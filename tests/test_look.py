@@ -20,6 +20,7 @@ import headway
 from headway import kernels, look, models
 from headway.attend import attend, forced, listening
 from headway.hub import Loaded, load
+from headway.loaded import Inputs
 from headway.mask import Mask
 from headway.mixers.attention import Attention
 from headway.mixers.longformer import Longformer
@@ -45,7 +46,7 @@ def decoder() -> Any:
     return models.build(DECODER).eval()
 
 
-def arguments(model: Loaded, padded: bool = True) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(model: Loaded) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What `look` is given for a model of any family."""
     if model.kind in ("vision", "dual"):
         tower = model.net.towers["image"] if model.kind == "dual" else model.net
@@ -56,7 +57,8 @@ def arguments(model: Loaded, padded: bool = True) -> tuple[tuple[Any, ...], dict
         ids = torch.randint(5, text.embedding.num_embeddings - 3, (2, 7))
         ids[:, -1] = text.heads["project"].spec.end or text.embedding.num_embeddings - 1
         return (ids,), {"image": pixels}
-    ids, valid = ids_and_padding(model.vocab or 0, 2, 9, "right" if padded else "none")
+    ids, valid = ids_and_padding(model.vocab or 0, 2, 9, "right")
+    ids[:, 3] = model.facts.globals.get("spans", 5)  # the separator behind a question, where a model answers some
     if model.kind == "seq2seq":
         return (ids, ids[:, :5]), {"valid": valid}
     return (ids,), {"valid": valid}
@@ -67,9 +69,13 @@ def plain(model: Loaded, given: tuple[Any, ...], named: dict[str, Any]) -> Tenso
     if model.kind == "dual":
         with torch.inference_mode():
             return model.net.scores(model.net.project("text", given[0]), model.net.project("image", named["image"]))
+    if model.kind == "vision":
+        return model.hidden(*given)
     if model.kind == "seq2seq":
-        return model.logits(given[0], named["valid"], target=given[1])
-    return model.hidden(*given, **named)
+        mask = model.global_tokens("generate", Inputs(given[0], named["valid"], None))
+        return model.logits(given[0], named["valid"], target=given[1], mask=mask)
+    task = next((head for head in model.spec["heads"] if head in model.facts.globals), "")
+    return model.hidden(*given, **named, mask=model.global_tokens(task, Inputs(*given, named["valid"], None)))
 
 
 @pytest.mark.parametrize(
@@ -94,12 +100,18 @@ def test_no_bit_of_any_familys_output_changes_and_its_layers_made_what_the_maps_
         there = glance.allowed(slice(None), slice(None)).any(-1).float().expand(weights.shape[:3])
         torch.testing.assert_close(weights.sum(-1), there, atol=1e-5, rtol=0)
         if dtype == "float32":
-            values = glance.v.repeat_interleave(weights.shape[1] // glance.v.shape[1], 1)
             with torch.no_grad():
-                made = seen.mixer.out((weights @ values).transpose(1, 2).flatten(2))
+                made = seen.mixer.out(product(weights, glance).transpose(1, 2).flatten(2))
             assert there.any()
             rows = there[:, 0].bool() & (seen.pos >= 0)
             torch.testing.assert_close(made[rows], mixed[seen.mixer][rows], atol=1e-4, rtol=1e-4)
+
+
+def product(weights: Tensor, glance: Any) -> Tensor:
+    """Weights times values; global tokens of Longformer's kind have values of their own."""
+    made = weights @ glance.v.repeat_interleave(weights.shape[1] // glance.v.shape[1], 1)
+    far = getattr(glance, "far", None)
+    return made if far is None else torch.where(glance.is_global[:, None, :, None], weights @ far.v, made)
 
 
 def mixtures(net: nn.Module) -> dict[nn.Module, Tensor]:

@@ -3,7 +3,7 @@
 The contract, checked by `headway.testing.check_mixer`: `forward(x, *, mask, pos, state, context)` keeps the shape of
 x; `CAN` says truthfully which masks and uses it honours, and `require` refuses the rest; `init_state` makes what a
 stream remembers; `cost` tells FLOPs and state bytes. In a stream, padding stands on the left. For who looks inside:
-heads lie side by side in what enters `out`, and a mixer that forms no attention map may have `implied` instead.
+heads lie side by side in what enters `out`; attention has `glance`, which tells its weights, others may have `implied`.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def look(
 
     model: what `headway.load` gives, which reads a text (or several), ids or a picture; or a module of Headway's, which
     reads tensors. second: the other text of a pair, or what an encoder-decoder writes (default: its own answer; for a
-    bare one, ids). image: the picture beside a text, of two towers. valid, mask: as the model's `forward` takes them.
+    bare one, ids). image: the picture beside a text, of two towers. valid, mask: as the model's `forward` takes them;
+    without a mask, tokens are global as the task of the only head, or writing, has it (`Facts.globals`).
     ValueError where the input is empty, is not what the model reads or is longer than it takes, or where NaN comes out.
     """
     return Look(read(model, inputs, second, image, valid, mask), model)

@@ -105,9 +105,17 @@ def _text(
         raise ValueError(f"look: {kind}, and a second {type(second).__name__} is neither: leave it out")
     given = _given(loaded, inputs, second, valid, whole=isinstance(body, encoder.Model))
     more = {} if given.types is None else {"types": given.types}
+    if mask is None and loaded is not None and (task := _task(loaded)):
+        mask = loaded.global_tokens(task, given)
     run = partial(net, given.ids, given.valid, mask=mask, **more)
     labels = {"source": _labels(loaded.source if loaded else None, given.ids)}
     return Reading(net, run, labels, {"source": given.ids}, {"source": given.valid})
+
+
+def _task(loaded: Loaded) -> str | None:
+    """What makes tokens global: the task of the only head, or writing."""
+    tasks = [task for task in loaded.facts.globals if task == "generate" or task in loaded.spec.get("heads", {})]
+    return tasks[0] if len(tasks) == 1 else None
 
 
 def _given(loaded: Loaded | None, inputs: Any, second: str | None, valid: Tensor | None, whole: bool = True) -> Inputs:
@@ -178,9 +186,17 @@ def _pair(net: nn.Module, loaded: Loaded | None, inputs: Any, second: Any, valid
         "target": _labels(loaded.target if loaded else None, target),
     }
     run = partial(net, source.ids, target, source.valid)
+    if loaded is not None and (task := _task(loaded)):
+        wide = loaded.global_tokens(task, source)
+        run = partial(_decoded, net, source, target, wide)
     return Reading(
         net, run, labels, {"source": source.ids, "target": target}, {"source": source.valid, "target": None}, written
     )
+
+
+def _decoded(net: Any, source: Inputs, target: Tensor, mask: Mask | None) -> Tensor:
+    """The logits, where some tokens of the source are global."""
+    return net.decode(target, net.encode(source.ids, source.valid, mask))
 
 
 def _written(loaded: Loaded, inputs: Any, second: str | None) -> tuple[list[int], list[int]]:
