@@ -291,6 +291,20 @@ def test_patching_restores_all_where_all_that_differs_is_put_back() -> None:
     assert found.clean == pytest.approx(float(own)) and not hooks(model.net)
 
 
+def test_a_patch_that_fails_leaves_the_layers_where_they_were() -> None:
+    model, calls = tiny(DECODERS[0]), []
+
+    def metric(logits: Tensor) -> Tensor:
+        calls.append(1)
+        return logits[:, -1, 7] / (len(calls) < 4 or 1 // 0)
+
+    clean, corrupted = pair(model)
+    blocks = model.net.stack.blocks
+    with pytest.raises(ZeroDivisionError):
+        patch(clean, corrupted, metric)
+    assert model.net.stack.blocks is blocks and torch.equal(clean.rerun(), clean.output)
+
+
 def test_a_patch_is_what_putting_the_state_there_by_hand_gives() -> None:
     model = tiny(first("BertForMaskedLM")[0])
     clean, corrupted = pair(model)

@@ -1,7 +1,7 @@
 """Interventions: heads scaled or switched off, how much each of them matters, and states put from one input in another.
 
 A head's gate g stands where its output enters the last map of its mixer, out(g_1 y_1, ..., g_H y_H), in every mixer
-with heads. All of it is hooks that are gone afterwards, also where something fails in between.
+with heads. All of it is undone afterwards, also where something fails in between.
 Importance: E |d metric / d g| at g = 1 (1905.10650). Activation patching: 2202.05262, 2309.16042.
 """
 
@@ -180,7 +180,9 @@ def patch(
             for token in range(states.shape[1]):
                 if torch.equal(states[:, token], before[:, token]):
                     continue  # before what differs a causal model is the same
-                with _replaced(body.blocks[layer], states, token):
+                mixed = before.clone()
+                mixed[:, token] = states[:, token]
+                with _resumed(body, layer, mixed):
                     found[layer, token] = float(_measured(metric, outcome(corrupted, head)).mean())
     return Patched((found - missed) / (reached - missed), reached, missed)
 
@@ -192,14 +194,22 @@ def _run(look: Look, metric: Metric, head: str | None, body: Any) -> tuple[list[
 
 
 @contextmanager
-def _replaced(block: nn.Module, states: Tensor, token: int) -> Iterator[None]:
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        output = output.clone()
-        output[:, token] = states[:, token]
-        return output
-
-    handle = block.register_forward_hook(hook)
+def _resumed(body: Any, layer: int, states: Tensor) -> Iterator[None]:
+    """Inside, a stack goes on from what `layer` is said to have left, without the layers up to there."""
+    blocks = body.blocks
+    body.blocks = nn.ModuleList([_Left(states), *blocks[layer + 1 :]])
     try:
         yield
     finally:
-        handle.remove()
+        body.blocks = blocks
+
+
+class _Left(nn.Module):
+    """In place of some blocks: what they left."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, x: Tensor, **named: Any) -> Tensor:
+        return self.states
