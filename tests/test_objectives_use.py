@@ -97,6 +97,26 @@ def test_the_others_train_and_load(
     assert headway.load(tmp_path / "run").kind == kind
 
 
+def test_a_run_goes_on_under_another_objective(texts: Path, tmp_path: Path) -> None:
+    headway.train(task(texts, {"name": "span"}, "seq2seq"), out=tmp_path / "span")
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("\n".join(["input\ttarget", *(f"a rose {i}\tis {i}" for i in range(60))]), "utf-8")
+    recipe = task(pairs, {"name": "seq2seq"}, "seq2seq", model={"load": str(tmp_path / "span")})
+    result = headway.train(recipe, out=tmp_path / "pairs")
+    assert math.isfinite(result["wer"])
+    assert headway.load(tmp_path / "pairs").generate(["a rose 3"])[0].text is not None
+
+
+def test_workers_make_the_same_batches(texts: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    losses = []
+    for workers in (0, 2):
+        out = tmp_path / str(workers)
+        headway.train(task(texts, {"name": "fim", "rate": 1.0}, "decoder", workers=workers), out=out)
+        losses.append([json.loads(line)["loss"] for line in (out / "log.jsonl").read_text("utf-8").splitlines()])
+    assert losses[0] == losses[1]
+    assert "fork" not in capfd.readouterr().err
+
+
 # what was published is trained on
 
 

@@ -83,14 +83,17 @@ def evaluate(
     beams: int = 1,
     batch: int = 256,
     penalty: float = 1.0,
+    max_tokens: int | None = None,
 ) -> tuple[list[Scored], float]:
-    """Writes an answer for every input; returns the scores and the inputs answered a second."""
+    """Writes an answer for every input; returns the scores and the inputs answered a second. `max_tokens`: of an
+    answer, for published models, which do not say it."""
     inputs = sorted(references, key=lambda text: (len(text), text))
     answers: list[str] = []
     began = time.perf_counter()
     for i in range(0, len(inputs), 4 * batch):
         chunk = inputs[i : i + 4 * batch]
-        answers += [g.text for g in model.generate(chunk, beams=beams, batch=batch, penalty=penalty)]
+        found = model.generate(chunk, beams=beams, batch=batch, penalty=penalty, max_tokens=max_tokens)
+        answers += [one.text for one in found]
     seconds = time.perf_counter() - began
     scored = [score(text, references[text], answer, kind) for text, answer in zip(inputs, answers, strict=True)]
     return scored, len(inputs) / seconds

@@ -88,9 +88,15 @@ class Objective(Base):
         listed = references(rows)
         listed = {text: targets for text, targets in listed.items() if len(model.encode(text)) <= tools.max_tokens}
         chosen = sorted(listed, key=lambda text: hashlib.sha256(text.encode()).digest())[: recipe.test_limit]
-        kind = recipe.tokenizers.target.kind if isinstance(tools.target, Tokenizer) else "whitespace"
+        own = isinstance(tools.target, Tokenizer)
         scored, speed = evaluate(
-            model, {text: listed[text] for text in chosen}, kind, beams=recipe.beams, penalty=recipe.penalty
+            model,
+            {text: listed[text] for text in chosen},
+            recipe.tokenizers.target.kind if own else "whitespace",
+            beams=recipe.beams,
+            penalty=recipe.penalty,
+            batch=256 if own else 32,
+            max_tokens=None if own else tools.max_tokens,
         )
         found = rates(scored)
         metrics = {
