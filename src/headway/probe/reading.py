@@ -74,10 +74,10 @@ def _read(
         what = "it reads pictures alone: give the picture first" if isinstance(body, vision.Model) else "it reads none"
         raise ValueError(f"look: image= is what a model of two towers sees beside a text, and {what}")
     if isinstance(body, vision.Model):
-        _only(inputs=True, second=second, valid=valid, mask=mask, what="reads pictures")
+        _only(second=second, valid=valid, mask=mask, what="reads pictures")
         return _picture(net, body, _pixels(loaded, inputs, body))
     if isinstance(body, dual.Model):
-        _only(inputs=True, second=second, mask=mask, what="has two towers")
+        _only(second=second, mask=mask, what="has two towers")
         return _towers(net, body, loaded, inputs, image, valid)
     if isinstance(body, seq2seq.Model):
         if mask is not None:
@@ -85,11 +85,11 @@ def _read(
         return _pair(net, loaded, inputs, second, valid)
     if isinstance(body, encoder.Model | decoder.Model):
         return _text(net, body, loaded, inputs, second, valid, mask)
-    _only(inputs=True, second=second, what="is no model of texts or pictures")
+    _only(second=second, what="is no model of texts or pictures")
     return _tensors(net, inputs, valid, mask)
 
 
-def _only(*, inputs: bool, what: str, **given: Any) -> None:
+def _only(*, what: str, **given: Any) -> None:
     if alien := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"look: {alien[0]}= is not for this model, which {what}: leave it out")
 
@@ -120,6 +120,10 @@ def _task(loaded: Loaded) -> str | None:
 
 def _given(loaded: Loaded | None, inputs: Any, second: str | None, valid: Tensor | None, whole: bool = True) -> Inputs:
     """Ids with their padding. `whole`: the end of a text that the tokenizer marks is read, too."""
+    if isinstance(inputs, Inputs | Tensor) and second is not None:
+        raise ValueError("look: a second text is for a first text, and this is ids: give both as one row of ids")
+    if valid is not None and not isinstance(inputs, Tensor):
+        raise ValueError("look: valid= is for ids; texts, and Inputs, tell their own padding: leave it out")
     if isinstance(inputs, Inputs):
         return inputs
     if isinstance(inputs, Tensor):
@@ -130,8 +134,6 @@ def _given(loaded: Loaded | None, inputs: Any, second: str | None, valid: Tensor
         return Inputs(inputs, valid, None) if loaded is None else loaded._given(inputs, valid)
     if loaded is None:
         raise ValueError("look: a bare module reads tensors: give ids, or a model that headway.load gave for texts")
-    if valid is not None:
-        raise ValueError("valid= is for ids; texts tell their own padding: leave it out")
     texts = [_checked(text) for text in ([inputs] if isinstance(inputs, str) else list(inputs))]
     pairs = None if second is None else [_checked(second)]
     if pairs is not None and len(texts) > 1:
@@ -168,7 +170,7 @@ def _labels(tokenizer: Any, ids: Tensor) -> list[list[str]]:
 
 
 def _pair(net: nn.Module, loaded: Loaded | None, inputs: Any, second: Any, valid: Tensor | None) -> Reading:
-    if loaded is not None and isinstance(inputs, str) and isinstance(loaded.source, Tokenizer):
+    if loaded is not None and isinstance(inputs, str) and isinstance(loaded.source, Tokenizer) and valid is None:
         source = Inputs(torch.tensor([[*loaded.encode(_checked(inputs)), EOS]], device=loaded.device), None, None)
     else:
         source = _given(loaded, inputs, None, valid)
