@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import io
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,6 +24,9 @@ import headway
 from headway import models
 from headway.probe.look import Look
 from headway.probe.patterns import PATTERNS
+from headway.probe.show import write_look
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 DOCS = Path(__file__).parents[1] / "docs"
 PICTURES = DOCS / "gallery"
@@ -109,6 +113,7 @@ def heads_of_smollm() -> list[str]:
     look = headway.look(headway.load(next(Path(found.origin).parent.glob("*.gguf"))), TEXT)
     tokens = [token.strip() or "␣" for token in look.tokens["source"]]
     lines = [f"## A decoder: SmolLM2-135M\n\nIt reads *{TEXT}*"]
+    photographed(look, clearest(look, "induction"))
     for pattern in ("induction", "previous token", "first-token sink"):
         best = clearest(look, pattern)
         says = f"{pattern}, layer {best.layer} head {best.head}: {best.score:.2f}"
@@ -116,6 +121,18 @@ def heads_of_smollm() -> list[str]:
         drawing = matrix(look.map(best.layer, best.head), tokens, tokens, name, says)
         lines += [f"### {says}", f"What it does: {PATTERNS[pattern].definition}.", drawing]
     return lines
+
+
+def photographed(look: Look, best: Any) -> None:
+    """The page itself, at one head; where there is no browser, the picture that is there stays."""
+    from browser import Opened, browser
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_look(look, Path(folder) / "page.html", TEXT, "SmolLM2-135M")
+        where = f"#layer={best.layer}&head={best.head}&view=lines&token={len(look.tokens['source']) - 4}"
+        with browser() as started, Opened(started, Path(folder) / "page.html", where, device_scale_factor=1.25) as tab:
+            Image.open(io.BytesIO(tab.page.screenshot())).quantize(64).save(PICTURES / "page.png", optimize=True)
 
 
 def clearest(look: Look, pattern: str) -> Any:
@@ -184,7 +201,15 @@ def main() -> None:
     intro = "What heads of real models look at, each named by its score. Rows look, columns are looked at; the darker, "
     intro += 'the more. All of it, of any model, is one command away: `headway look MODEL "text"` writes a page. These '
     intro += "pictures are made by `python bench/gallery.py`."
-    parts = ["# Gallery", intro, *heads_of_smollm(), *alignment(sys.argv[1] if sys.argv[1:] else None), *rollout()]
+    page = "![The page: thumbnails of all heads, and where one of them looks](gallery/page.png)"
+    parts = [
+        "# Gallery",
+        intro,
+        page,
+        *heads_of_smollm(),
+        *alignment(sys.argv[1] if sys.argv[1:] else None),
+        *rollout(),
+    ]
     (DOCS / "gallery.md").write_text("\n\n".join(parts) + "\n", "utf-8")
     print(f"{DOCS / 'gallery.md'}")
 

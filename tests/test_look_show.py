@@ -83,6 +83,7 @@ def test_what_forms_no_weights_shows_what_it_implies_or_who_influences_whom() ->
     assert "Influence" in influence.note and "performer" in implied.note and not influence.share and not implied.share
     np.testing.assert_allclose(record.maps.map(0, 0), found.influence(0).map.numpy(), rtol=1e-5)
     np.testing.assert_allclose(record.maps.map(1, 1), found.implied(1, 1).map.numpy(), rtol=1e-5)
+    assert [head.error for head in record.heads] == [None, found.implied(1, 0).error, found.implied(1, 1).error]
     whole = record.maps.map(1, 0)
     np.testing.assert_allclose(record.maps.blocks(1, 0, 7)[0, 0], whole.mean(), rtol=1e-5)
     assert np.abs(record.maps.top(1, 0, 1)[1][:, 0]).tolist() == pytest.approx(np.abs(whole).max(1).tolist())

@@ -113,13 +113,17 @@ function hint(current) {
     return current
       ? `At most ${LINES_OF_A_CHOICE} lines; shading shows every weight.`
       : `The ${map.largest(LINES_OF_A_ROW).k} largest weights of each row.`;
-  if (state.view === "matrix")
-    return (
-      "Rows look, columns are looked at. Arrow keys move, + and − zoom; drag to move about." +
-      (isCross(here().place) && map.rows * map.columns < 10000 ? " Rings mark the largest of each row." : "")
-    );
+  if (state.view === "matrix") return matrixHint();
   if (current) return "";
   return "Shaded by how much each is looked at on average; scaled to the most.";
+}
+
+function matrixHint() {
+  const { k, size } = map.how;
+  const marks = isCross(here().place) && map.rows * map.columns < 10000 ? " Rings mark the largest of each row." : "";
+  const means = ` Squares of ${size} tokens are means, on a scale of their own; near enough, the ${k} largest of each row show.`;
+  const moves = "Rows look, columns are looked at. Arrow keys move, + and − zoom; drag to move about.";
+  return moves + marks + (map.sparse ? means : "");
 }
 
 function legend() {
