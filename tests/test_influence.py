@@ -131,6 +131,13 @@ def test_patches_and_towers_have_theirs() -> None:
         influence(given)
 
 
+def test_a_mixer_by_itself_has_its_own() -> None:
+    mixer, x = build("encoder", MIXERS[1]).stack.blocks[0].mixer.inner, torch.randn(2, 5, WIDTH)
+    found = influence(look(mixer, x), row=1).map
+    wanted = by_jacobian(lambda x: mixer(x[None], mask=Mask(), pos=torch.arange(5)[None])[0], x[1])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_global_tokens_and_packed_texts_keep_their_masks() -> None:
     net, ids = build("encoder", {"name": "longformer", "heads": 2, "window": 2}), torch.randint(0, 20, (2, 9))
     mask = Mask(window=(None, None), globals=torch.tensor([[False, True, False], [True, False, False]]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from headway.block import Block, Stack
 from headway.mask import Mask
+from headway.mixers import Mixer
 from headway.probe.stacks import entering, stack_at, still
 
 if TYPE_CHECKING:
@@ -56,17 +59,18 @@ def influence(
     batch. rows: the outputs that are wanted. probes: random products an output, or "exact" (default: exact up to 2,048
     products, else 32 a row, 4 for the longest inputs). block: outputs that share a row (default: 1 up to 45 tokens).
     """
-    name, body = stack_at(look.net, stack)
+    name, body = _part(look.net, stack)
     own = {"stack": "source", "encoder": "source", "decoder": "target"}.get(name, name)
     if of not in (None, own, "source" if name == "decoder" else own):
         raise ValueError(f"influence: '{name}' reads no {of!r} but {own!r}: leave out of, or choose another stack")
     first, last = _layers(layer, name, len(body.blocks))
+    whole = layer is None and isinstance(body, Stack)
     with still(look.net):
-        enters = body if layer is None else body.blocks[first]
+        enters = body if whole else body.blocks[first]
         given = Alone(*entering(look.rerun, enters)[0], row)
 
         def chain(x: Tensor, context: Tensor | None = given.context) -> Tensor:
-            return _chain(body, (first, last), layer is None, x, given.named(len(x), context))
+            return _chain(body, (first, last), whole, x, given.named(len(x), context))
 
         how: Any = (given.x.shape[1], rows, probes, block)
         if of in (None, own):
@@ -78,6 +82,12 @@ def influence(
         source, ends = Alone(*entering(look.rerun, encoder)[0], row), (0, len(encoder.blocks) - 1)
         encode = lambda x: _chain(encoder, ends, True, x, source.named(len(x), None))
         return _norms(lambda x: chain(given.x.expand(len(x), -1, -1), encode(x)), source.x, *how)
+
+
+def _part(net: Any, stack: str | None) -> tuple[str, Any]:
+    """A stack by name; a block or mixer by itself is the one layer of one."""
+    net = getattr(net, "_orig_mod", net)
+    return ("stack", SimpleNamespace(blocks=[net])) if isinstance(net, Block | Mixer) else stack_at(net, stack)
 
 
 class Alone:
