@@ -73,6 +73,7 @@ class Plan:
     gpu: str
     gpus: int
     parallel: str
+    share: float
     parameters: int
     memory: dict[str, int]
     fits: bool
@@ -116,6 +117,7 @@ def plan(recipe: Recipe, prepared: Prepared, *, gpus: int, gpu: str, share: floa
         gpu=gpu,
         gpus=gpus,
         parallel=recipe.parallel if gpus > 1 else "one GPU",
+        share=share,
         parameters=one.parameters,
         memory=memory,
         fits=sum(memory.values()) <= kind.memory,
