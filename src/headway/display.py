@@ -257,7 +257,8 @@ def plan_table(plan: dict[str, Any]) -> None:
     table.add_row("in all", f"{total / 2**30:,.2f} of {capacity / 2**30:,.0f} GiB")
     table.add_row("parameters", f"{plan['parameters'] / 1e6:,.2f}M")
     table.add_row("a step, all GPUs", f"{plan['tokens_per_step']:,} tokens, {plan['flops_per_step'] / 1e12:,.3g} TFLOP")
-    table.add_row(f"computing, if {plan['share']:.0%} of the peak is reached", f"{1e3 * plan['compute_seconds']:,.2f} ms")
+    reached = f"computing, if {plan['share']:.0%} of the peak is reached"
+    table.add_row(reached, f"{1e3 * plan['compute_seconds']:,.2f} ms")
     sent = f"{plan['bytes_exchanged'] / 2**20:,.0f} MiB, {1e3 * plan['exchange_seconds']:,.2f} ms"
     table.add_row("exchanging", sent)
     table.add_row("a step in all", f"{1e3 * plan['step_seconds']:,.2f} ms, {plan['bubble']:.0%} of it waiting")
