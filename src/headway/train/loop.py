@@ -293,7 +293,7 @@ class Trainer:
 
     def _restore(self, saved: checkpoint.Saved) -> None:
         found, tensors = saved.folder, saved.tensors
-        if saved.spec != self.spec:
+        if saved.spec != json.loads(json.dumps(self.spec)):  # there, a key that is a number has become text
             raise ValueError(f"{found}: was made by another model spec; resume with the recipe it began with")
         if saved.data != self.prepared.fingerprint:
             raise ValueError(f"{found}: was made from other data than {self.recipe.data.source} holds now; start anew")
