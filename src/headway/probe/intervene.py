@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from headway.loaded import Loaded
 from headway.probe import maps
 from headway.probe.capture import Place, eager, is_compiled, mixers_of
-from headway.probe.lens import leaving, outcome
-from headway.probe.stacks import stack_at, still
+from headway.probe.lens import outcome
+from headway.probe.stacks import leaving, stack_at, still
 
 if TYPE_CHECKING:
     from headway.probe.look import Look

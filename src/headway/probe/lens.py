@@ -6,17 +6,17 @@ model's own, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from headway.models import decoder, encoder, seq2seq, vision
 from headway.probe.capture import eager, is_compiled
-from headway.probe.stacks import stack_at
+from headway.probe.stacks import leaving, stack_at
 
 if TYPE_CHECKING:
     from headway.probe.look import Look
@@ -90,19 +90,3 @@ def _head(look: Look, name: str | None, every: bool = False) -> Callable[[Tensor
 
 def _body(look: Look) -> Any:
     return getattr(look.net, "_orig_mod", look.net)
-
-
-def leaving(run: Callable[[], Any], modules: Iterable[nn.Module]) -> tuple[list[Tensor], Any]:
-    """What each of these modules gives while `run` runs, and what `run` gives."""
-    modules = list(modules)
-    found: dict[nn.Module, Tensor] = {}
-    handles = [
-        module.register_forward_hook(lambda module, inputs, output: found.__setitem__(module, output))
-        for module in modules
-    ]
-    try:
-        output = run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [found[module] for module in modules], output

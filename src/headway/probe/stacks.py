@@ -1,8 +1,8 @@
-"""Stacks: a model's stacks by name, what enters their parts, and a model held still while gradients flow through it."""
+"""Stacks: a model's stacks by name, what enters and leaves their parts, and a model held still under gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -42,6 +42,22 @@ def entering(run: Callable[[], Any], *modules: nn.Module) -> list[tuple[Tensor, 
         with torch.no_grad():
             run()
     return [found[module] for module in modules]
+
+
+def leaving(run: Callable[[], Any], modules: Iterable[nn.Module]) -> tuple[list[Tensor], Any]:
+    """What each of these modules gives while `run` runs, and what `run` gives."""
+    modules = list(modules)
+    found: dict[nn.Module, Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output: found.__setitem__(module, output))
+        for module in modules
+    ]
+    try:
+        output = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found[module] for module in modules], output
 
 
 @contextmanager
