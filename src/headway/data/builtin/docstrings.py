@@ -6,7 +6,7 @@ A docstring is of a module, a class, a function or a method. Its text alone is g
 from collections.abc import Iterator
 
 COLUMNS = {"text": "text", "label": "kind"}
-_OTHERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
+OTHERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 
 
 def rows() -> Iterator[tuple[str, str]]:
@@ -17,13 +17,13 @@ def rows() -> Iterator[tuple[str, str]]:
 
     folder, seen = Path(sysconfig.get_paths()["stdlib"]), set()
     for file in sorted(folder.rglob("*.py")):
-        if _OTHERS.intersection(file.relative_to(folder).parts):
+        if OTHERS.intersection(file.relative_to(folder).parts):
             continue
         try:
             tree = ast.parse(file.read_text("utf-8"))
         except (SyntaxError, ValueError):  # the library has a few files that are wrong on purpose
             continue
-        for text, kind in _documented(tree):
+        for text, kind in documented(tree):
             if len(text.split()) > 2 and text not in seen:
                 seen.add(text)
                 yield text, kind
@@ -31,7 +31,7 @@ def rows() -> Iterator[tuple[str, str]]:
         raise ValueError(f"{folder}: this Python came without the source of its library; use another source")
 
 
-def _documented(tree: object) -> Iterator[tuple[str, str]]:
+def documented(tree: object) -> Iterator[tuple[str, str]]:
     """Each docstring of a module and what it is of."""
     import ast
 
