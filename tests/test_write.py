@@ -313,9 +313,11 @@ def test_generation_config_tells_how_a_text_begins_and_ends() -> None:
         "eos_token_id": [7, 8],
         "decoder_start_token_id": 3,
         "forced_bos_token_id": 4,
-        "bad_words_ids": [[5], [6, 7]],
+        "bad_words_ids": [[5], [6]],
     }
     facts = families.with_generation(Facts(eos=(8, 9)), told, "generation_config.json")
-    assert (facts.eos, facts.start, facts.forced_bos, facts.bad) == ((7, 8, 9), 3, 4, (5,))
+    assert (facts.eos, facts.start, facts.forced_bos, facts.bad) == ((7, 8, 9), 3, 4, (5, 6))
     with pytest.raises(ValueError, match="eos_token_id is an id or a list of them"):
         families.with_generation(Facts(), {"eos_token_id": ["x"]}, "generation_config.json")
+    with pytest.raises(ValueError, match="bad_words_ids is read where each word is one id"):
+        families.with_generation(Facts(), {"bad_words_ids": [[5], [6, 7]]}, "generation_config.json")

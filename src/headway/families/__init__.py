@@ -149,6 +149,13 @@ class Config:
             raise ValueError(f"{self.where}: {name} is an id or a list of them, not {found!r}")
         return ids
 
+    def bad_words(self) -> tuple[int, ...]:
+        """Ids that are never written."""
+        words = self.take("bad_words_ids", [], list)
+        if not all(isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int for ids in words):
+            raise ValueError(f"{self.where}: bad_words_ids is read where each word is one id, not {words!r:.60}")
+        return tuple(ids[0] for ids in words)
+
     def original(self) -> dict[str, Any]:
         """The harmless fields that are there, for the way back."""
         kept = HARMLESS - {"architectures", "model_type", "id2label", "label2id", "num_labels", "dtype", "torch_dtype"}
@@ -191,13 +198,11 @@ def with_generation(facts: Facts, told: dict[str, Any], where: object) -> Facts:
     """The facts with what generation_config.json says of how a text begins and ends; how to draw is the user's."""
     config = Config({**told, "auto_map": None}, str(where))
     ends, start = config.ids("eos_token_id"), config.take("decoder_start_token_id", facts.start, int)
-    words = config.take("bad_words_ids", [], list)
-    bad = tuple(ids[0] for ids in words if isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int)
     return msgspec.structs.replace(
         facts,
         eos=tuple(dict.fromkeys((*ends, *facts.eos))),
         start=start,
-        bad=tuple(dict.fromkeys((*facts.bad, *bad))),
+        bad=tuple(dict.fromkeys((*facts.bad, *config.bad_words()))),
         forced_bos=config.take("forced_bos_token_id", facts.forced_bos, int),
         forced_eos=config.take("forced_eos_token_id", facts.forced_eos, int),
     )

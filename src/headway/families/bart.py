@@ -80,9 +80,6 @@ def _expect_wiring(config: Config, kind: str) -> None:
 
 def answers(config: Config, start: int | None = None) -> dict[str, Any]:
     """The facts of how inputs and answers begin and end; `start` is what a decoder begins with by default."""
-    words = config.take("bad_words_ids", [], list)
-    if not all(isinstance(ids, list) and len(ids) == 1 and type(ids[0]) is int for ids in words):
-        raise ValueError(f"{config.where}: bad_words_ids is read where each word is one id, not {words!r:.60}")
     ends = config.ids("forced_eos_token_id")
     if len(ends) > 1:
         raise ValueError(f"{config.where}: forced_eos_token_id names {len(ends)} ids, and one can be written last")
@@ -94,7 +91,7 @@ def answers(config: Config, start: int | None = None) -> dict[str, Any]:
         "start": config.take("decoder_start_token_id", start, int),
         "forced_bos": config.take("forced_bos_token_id", None, int),
         "forced_eos": ends[0] if ends else None,
-        "bad": tuple(ids[0] for ids in words),
+        "bad": config.bad_words(),
         "prefixes": {name: task["prefix"] for name, task in tasks.items()
                      if isinstance(task, dict) and isinstance(task.get("prefix"), str)},
         "generation": {name: value for name in SEARCH if (value := config.take(name, None)) is not None},
