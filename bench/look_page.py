@@ -18,7 +18,7 @@ import tempfile
 import time
 import types
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import save, spread
+from msgspec import structs
 
 import headway
 from headway.probe.look import Look
@@ -110,6 +111,29 @@ def looked(n: int) -> tuple[Record, Look, list[str]]:
     look = headway.look(model.net, torch.tensor([ids]))
     record, tokens = record_of(look, f"{n} tokens", "MiniLM"), model.tokenizer.labels(ids)
     return replace(record, sides=[Side(name="text", tokens=tuple(tokens))]), look, tokens
+
+
+@dataclass(frozen=True)
+class Twice:
+    """The maps of MiniLM's layers, and once more, as if it had twice as many."""
+
+    maps: Any
+
+    def map(self, place: int, head: int) -> np.ndarray:
+        return self.maps.map(place % LAYERS, head)
+
+    def top(self, place: int, head: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.maps.top(place % LAYERS, head, k)
+
+    def blocks(self, place: int, head: int, size: int) -> np.ndarray:
+        return self.maps.blocks(place % LAYERS, head, size)
+
+
+def doubled(record: Record) -> Record:
+    """As many heads as BERT has, 144."""
+    own = [place for place in record.places if place.slot == "self"]
+    places = [*own, *(structs.replace(place, layer=LAYERS + place.layer) for place in own)]
+    return replace(record, places=places, heads=[*record.heads[: LAYERS * HEADS]] * 2, maps=Twice(record.maps))
 
 
 def invented(n: int) -> Record:
@@ -217,6 +241,9 @@ def main() -> None:
             file, seconds = ours(record, folder)
             figures["ours"][n] = {"build": seconds, **measured(file, "ours")}
             print(n, "ours", figures["ours"][n], flush=True)
+            if n == REAL[-1]:
+                file, seconds = ours(doubled(record), folder)
+                figures[f"ours, {2 * LAYERS * HEADS} heads"] = {n: {"build": seconds, **measured(file, "ours")}}
             if look is None or isinstance(bertviz, str):
                 continue
             maps = [torch.stack([look.map(i, head) for head in range(HEADS)])[None] for i in range(LAYERS)]

@@ -172,6 +172,17 @@ def test_an_address_that_names_nothing_shows_something(started: Any, files: dict
         assert not tab.errors
 
 
+def test_the_chosen_head_is_in_view_among_many(started: Any, tmp_path: Path) -> None:
+    inside = """() => {
+      const place = (name) => document.querySelector(name).getBoundingClientRect();
+      const [cell, box] = [place("#cell-113"), place("#heads .scroll")];
+      return cell.top >= box.top && cell.bottom <= box.bottom;
+    }"""
+    with Opened(started, written(text_record(layers=40), tmp_path), "#layer=37&head=2") as tab:
+        assert tab.page.evaluate(inside)
+        assert tab.page.evaluate("scrollY") == 0
+
+
 def test_cross_attention_is_an_alignment_of_two_texts(started: Any, files: dict[str, Path]) -> None:
     with Opened(started, files["translation"], "#stack=decoder&slot=cross&layer=0&view=lines") as tab:
         assert tab.page.inner_text("#headline") == "Decoder cross-attention layer 0, head 0"

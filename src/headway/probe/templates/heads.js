@@ -93,6 +93,10 @@ function selectHead() {
   const cell = $(`cell-${state.index}`);
   cell.tabIndex = 0;
   cell.setAttribute("aria-selected", "true");
+  const scroller = cell.closest(".scroll"); // alone: the page stays where it is
+  const [box, outer] = [cell.getBoundingClientRect(), scroller.getBoundingClientRect()];
+  if (box.top < outer.top) scroller.scrollTop += box.top - outer.top - 4;
+  else if (box.bottom > outer.bottom) scroller.scrollTop += box.bottom - outer.bottom + 4;
 }
 
 function pickHead(event) {
