@@ -9,10 +9,10 @@ demo: $(VENV)/.demo
 	$(BIN)/headway demo --overwrite
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m "not long" $(PYTEST)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m "not long" $(PYTEST)
 
 test-long: $(VENV)/.test
-	$(BIN)/python -m pytest -q $(PYTEST)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
