@@ -259,14 +259,16 @@ def _import(modules: list[str] | None) -> None:
 
 
 def _explain_training() -> None:
-    from headway.recipe import built_in
+    from headway.recipe import built_in, read
 
     typer.echo("headway train RECIPE trains one model from a recipe: a YAML file, or one of these built-in ones:\n")
     for name, line in built_in().items():
-        typer.echo(f"  {'compare' if name == 'demo' else 'train'} {name:12} {line}")
+        command = "compare" if read(name).models else "train"
+        typer.echo(f"  {command:7} {name:10} {line}")
     typer.echo(
         "\nAny key can be set: headway train pronounce --set budget.tokens=2000000 --set optimizer.lr=1e-3\n"
-        "Your own pairs: copy a recipe (docs/recipes.md) and set data.source to a .tsv, .csv, .jsonl or .parquet file."
+        "Your own data: copy a recipe (docs/recipes.md) and set data.source to a file, a glob or a folder of tables, texts "
+        "or pictures."
     )
 
 
