@@ -267,8 +267,8 @@ def _explain_training() -> None:
         typer.echo(f"  {command:7} {name:10} {line}")
     typer.echo(
         "\nAny key can be set: headway train pronounce --set budget.tokens=2000000 --set optimizer.lr=1e-3\n"
-        "Your own data: copy a recipe (docs/recipes.md) and set data.source to a file, a glob or a folder of tables, texts "
-        "or pictures."
+        "Your own data: copy a recipe (docs/recipes.md) and set data.source to a file, a glob or a folder of tables, "
+        "texts or pictures."
     )
 
 
