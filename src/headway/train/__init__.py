@@ -15,7 +15,7 @@ from headway.hub import Loaded, safe_name
 from headway.machine import Peak, hardware, versions
 from headway.recipe import Entry, Recipe
 from headway.store import read_json, sweep, write_text
-from headway.train.card import card
+from headway.train.card import card_of
 from headway.train.data import Prepared, prepare
 from headway.train.loop import Interrupted, Status, Trainer
 from headway.train.network import network, spec_of
@@ -142,7 +142,7 @@ def run_entry(
     if resume:
         trainer.resume(note)
     if ranks.first and not (folder / "card.json").is_file():
-        write_text(folder / "card.json", json.dumps(card(recipe, trainer, prepared.fingerprint), indent=1))
+        write_text(folder / "card.json", json.dumps(card_of(recipe, trainer, prepared.fingerprint), indent=1))
     model = trainer.fit()
     memory = peak.bytes
     valid_loss = trainer.valid_loss(prepared.valid)

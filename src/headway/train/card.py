@@ -21,7 +21,7 @@ from headway.train.loop import Trainer
 PACKAGES = ("numpy", "safetensors", "tokenizers", "msgspec")
 
 
-def card(recipe: Recipe, trainer: Trainer, fingerprint: str) -> dict[str, Any]:
+def card_of(recipe: Recipe, trainer: Trainer, fingerprint: str) -> dict[str, Any]:
     """Spec, recipe, seed, data, versions, hardware, command and commit. `fingerprint` is of every encoded row."""
     named = (recipe.data.source, recipe.data.valid, recipe.data.test)
     files = [file for one in named if one is not None for file in _files(one)]
