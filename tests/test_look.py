@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from drawn import masks
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from published import TINY, ids_and_padding, label, saved
 from tiny import ARCHITECTURES
@@ -179,6 +179,7 @@ def test_a_map_is_the_references_whatever_the_mask_the_positions_and_the_backend
         torch.testing.assert_close(made, expected[row], atol=1e-5, rtol=1e-4)
 
 
+@settings(max_examples=30)
 @given(attentions(), st.data())
 def test_rows_the_largest_and_blocks_are_those_of_the_map(drawn: tuple[Attention, Tensor, Mask], data: Any) -> None:
     mixer, x, mask = drawn
