@@ -86,12 +86,14 @@ class OptimizerSpec(Strict, frozen=True):
 
 
 class Entry(Strict, frozen=True):
-    """One model of a comparison: how to call it, whom to cite, its spec, and its own optimizer if it needs one."""
+    """One model of a comparison: how to call it, whom to cite, its spec, and its own optimizer if it needs one; and on
+    how many of the training rows it learns, if not on all."""
 
     model: dict[str, Any]
     title: str = ""
     source: str = ""
     optimizer: OptimizerSpec | None = None
+    train_rows: Positive | None = None
 
 
 class Recipe(Strict, frozen=True):

@@ -22,7 +22,7 @@ from headway.recipe import Recipe
 from headway.store import write_text
 from headway.text import BOS, EOS
 from headway.train import Watch, check_run, open_run, rehearse, run_entry
-from headway.train.data import Prepared, prepare
+from headway.train.data import Prepared, narrowed, prepare
 
 SAMPLES = 12
 ALIGNED = 4
@@ -45,7 +45,8 @@ def compare(
     read = recipes.read(recipe, overrides)
     if not read.models:
         raise ValueError(f"recipe {read.name} has one model: use headway train, or list several under `models`")
-    from headway.compare.report import write_report  # jinja2 is an extra: better to miss it before hours of training
+    from headway.compare.plain import write_plain  # jinja2 is an extra: better to miss it before hours of training
+    from headway.compare.report import write_report
 
     for name in read.models:
         safe_name(name)
@@ -53,33 +54,36 @@ def compare(
     check_run(folder, read, resume=resume, overwrite=overwrite)
     note(f"reading {read.data.source} and training its tokenizers")
     prepared = prepare(read)
-    if prepared.objective.KINDS != ("seq2seq",):
-        raise ValueError("headway compare knows seq2seq models alone so far: train the others one by one")
     for line in prepared.splits.notes:
         note(line)
-    for entry in read.models.values():
-        rehearse(read, entry, prepared)
+    parts = {name: narrowed(read, prepared, entry.train_rows) for name, entry in read.models.items()}
+    for name, entry in read.models.items():
+        rehearse(read, entry, parts[name])
     open_run(folder, read, overwrite=overwrite)
     results = _head(read, prepared, _command(recipe, overrides))
-    inputs = _samples(prepared, read)
+    pairs = prepared.objective.KINDS == ("seq2seq",)
+    inputs = _samples(prepared, read) if pairs else []
     for name, entry in read.models.items():
         result = run_entry(
-            read, name, entry, prepared, folder / name, resume=resume, watch=watch,
-            after=lambda model, scored: _look(model, scored, inputs), note=note,
+            read, name, entry, parts[name], folder / name, resume=resume, watch=watch,
+            after=lambda model, scored: _look(model, scored, inputs) if pairs else {}, note=note,
         )  # fmt: skip
         results["models"].append(result)
     write_text(folder / "results.json", json.dumps(results, indent=1))
-    write_report(results, folder / "report.html")
+    (write_report if pairs else write_plain)(results, folder / "report.html")
     return results
 
 
 def best(results: dict[str, Any]) -> dict[str, Any]:
-    """The model with the fewest wrong answers; of equals, the one with the fewer token errors."""
-    return min(results["models"], key=lambda model: (model["wer"], model["per"]))
+    """The best model by the objective's own metric; of equals, the one with the fewer token errors."""
+    name, sign = results["metric"]["name"], 1 if results["metric"]["lower"] else -1
+    return min(results["models"], key=lambda model: (sign * model[name], model.get("per", 0.0)))
 
 
 def _head(recipe: Recipe, prepared: Prepared, command: str) -> dict[str, Any]:
-    splits = prepared.splits
+    splits, objective = prepared.splits, prepared.objective
+    roles = {role: getattr(recipe.data, role) for role in objective.columns()}
+    tested = splits.test or splits.valid
     return {
         "name": recipe.name,
         "title": recipe.title or recipe.name,
@@ -90,12 +94,13 @@ def _head(recipe: Recipe, prepared: Prepared, command: str) -> dict[str, Any]:
         "budget": {key: value for key, value in recipe.budget.asdict().items() if value is not None},
         "data": {
             "source": recipe.data.source,
-            "input": recipe.data.input,
-            "target": recipe.data.target,
+            **roles,
             "train": len(splits.train),
             "valid": len(splits.valid),
-            "test": len(references(splits.test)),
+            "test": len(references(splits.test)) if objective.KINDS == ("seq2seq",) else len(tested),
         },
+        "objective": recipe.objective.get("name", "seq2seq"),
+        "metric": {"name": objective.METRIC[0], "lower": objective.METRIC[1]},
         "models": [],
     }
 

@@ -85,6 +85,7 @@ def page(results: Mapping[str, Any]) -> dict[str, Any]:
         "what": what_was_compared(models, data, results.get("budget") or {}, terms),
         "verdict": verdict(models, data, terms),
         "terms": terms,
+        "errors": True,
         "names": names,
         "colours": COLOURS,
         "markers": MARKERS,

@@ -56,7 +56,8 @@ class Base:
 
     KINDS: the models it trains. COLUMNS: the columns it reads (fields of `data` in a recipe) and what reads each:
     "source" and "target" tokenizers, "label" (one of the classes), "image", or "plain". EXTRA: tokens that a tokenizer
-    trained for it has besides. HEAD: the head whose outputs are sized to the vocabulary or the classes.
+    trained for it has besides. HEAD: the head whose outputs are sized to the vocabulary or the classes. METRIC: what
+    ranks models that are compared, and whether lower is better.
     An objective that wraps another takes these from it.
     """
 
@@ -64,6 +65,7 @@ class Base:
     COLUMNS: dict[str, str] = {"text": "source"}
     EXTRA: tuple[str, ...] = ()
     HEAD: str | None = None
+    METRIC: tuple[str, bool] = ("valid_loss", True)
 
     def columns(self) -> dict[str, str]:
         """COLUMNS, or fewer or more of them as the options have it."""

@@ -45,6 +45,7 @@ class Objective(Base):
     where it holds none. `stride`: tokens that windows of a long context share (default: a quarter of `max_tokens`)."""
 
     KINDS = ("encoder",)
+    METRIC = ("f1", False)
     COLUMNS = {"question": "source", "context": "source", "answer": "plain"}
 
     def __init__(self, stride: int | None = None) -> None:

@@ -21,7 +21,7 @@ from headway.data.batches import IGNORE, Batch, asked, padded
 from headway.data.examples import Example
 from headway.data.sources import Values
 from headway.hub import Loaded
-from headway.objectives import Base, Loss, Score, Unfit, with_vocabulary
+from headway.objectives import Base, Score, Unfit, with_vocabulary
 from headway.objectives._baselines import classes, words_alone
 from headway.objectives._pictures import batch_of, stored
 from headway.objectives._tools import Tools
@@ -66,6 +66,7 @@ class Objective(Base):
         self.of, self.weights, self.truncate = of, weights, truncate
         self.head = "tokens" if of == "words" else "classify"
         self.weight: Tensor | None = None
+        self.METRIC = ("span_f1" if of == "words" else "accuracy", False)
         self.KINDS = ("vision", "convnet") if of == "image" else ("encoder",)
 
     def use(self, tools: Tools) -> str:
@@ -167,14 +168,11 @@ class Objective(Base):
         there = asked(batch.labels, batch.targets)
         return logits.flatten(0, -2)[there], batch.labels.flatten()[there]
 
-    def __call__(self, model: nn.Module, batch: Classed) -> Loss:
-        logits, labels = self.predict(model, batch)
-        logits = logits.float()
-        plain = F.cross_entropy(logits, labels, reduction="sum")
+    def judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        total, plain = super().judge(logits, labels)
         if self.weight is None:
-            return Loss(plain, plain.detach(), batch.targets)
-        weight = self.weight.to(logits)
-        return Loss(F.cross_entropy(logits, labels, weight, reduction="sum"), plain.detach(), batch.targets)
+            return total, plain
+        return F.cross_entropy(logits.float(), labels, self.weight.to(logits.device), reduction="sum"), plain
 
     def loaded(self, net: nn.Module, spec: dict[str, Any], tools: Tools) -> Loaded:
         found = super().loaded(net, spec, tools)

@@ -85,6 +85,7 @@ class Objective(Base):
         self.pairs, self.loss, self.truncate = pairs, loss, truncate
         self.temperature, self.pooling = temperature or TEMPERATURE, pooling
         self.sides = {"dropout": 2, "second": 2, "negative": 3}.get(pairs, 1)
+        self.METRIC = ("uniformity", True) if pairs == "dropout" else ("recall_at_1", False)
         self.KINDS = ("dual",) if self.two_towers else ("encoder",)
 
     def columns(self) -> dict[str, str]:

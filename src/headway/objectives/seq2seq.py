@@ -32,6 +32,7 @@ class Objective(Base):
     """`smoothing`: the share of the target's probability that is spread over all tokens."""
 
     KINDS = ("seq2seq",)
+    METRIC = ("wer", True)
     COLUMNS = {"input": "source", "target": "target"}
 
     def __init__(self, smoothing: float = 0.0) -> None:

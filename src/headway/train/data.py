@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from headway import hub, objectives
 from headway.data.batches import Order
 from headway.data.examples import Examples
-from headway.data.sources import Splits, Values, load_splits
+from headway.data.sources import Splits, Values, fewer, load_splits
 from headway.objectives import Base, Unfit, _tools
 from headway.objectives._pictures import spec_for
 from headway.objectives._tools import Tools
@@ -73,6 +73,21 @@ def prepare(recipe: Recipe) -> Prepared:
         order(valid),
         order(Examples(valid[i] for i in range(0, len(valid), every))) if every > 1 else order(valid),
         fingerprint=hashlib.sha256(record).hexdigest(),
+    )
+
+
+def narrowed(recipe: Recipe, prepared: Prepared, count: int | None) -> Prepared:
+    """The same with so many of the training rows only; what is held out, and all tools, stay."""
+    if count is None:
+        return prepared
+    splits = replace(prepared.splits, train=fewer(prepared.splits.train, count))
+    train = _encode(recipe, splits, prepared.objective, prepared.tools, splits.train)
+    record = f"{prepared.fingerprint} {train.fingerprint()}"
+    return replace(
+        prepared,
+        splits=splits,
+        batches=_order(recipe, prepared.objective, train),
+        fingerprint=hashlib.sha256(record.encode()).hexdigest(),
     )
 
 

@@ -13,7 +13,7 @@ FILES, TEXTS, PER_FILE = 10, 100, 15
 
 
 def rows() -> Iterator[tuple[str, str, str]]:
-    """Triples such as ("Schedule a coroutine ...", "asyncio", "asyncio/tasks.py"), each text once, in order of files."""
+    """Triples such as ("Schedule a coroutine.", "asyncio", "asyncio/tasks.py"), each text once, in order of files."""
     import ast
     import sysconfig
     from pathlib import Path
