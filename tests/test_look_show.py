@@ -135,6 +135,9 @@ def test_the_command_writes_a_page_and_figures(run: Headway, folders: Any, tmp_p
     assert "the cat is in the house" in page.read_text("utf-8")
     told = json.loads(numbers.read_text("utf-8"))
     assert told["sides"][0]["tokens"] == ["[CLS]", "the", "cat", "is", "in", "the", "house", "[SEP]"]
+    long = "the red house and " * 9
+    assert run("look", folders("bert"), long, "--json", numbers).code == 0
+    assert json.loads(numbers.read_text("utf-8"))["title"] == long[:159] + "…"
 
 
 def test_a_second_text_and_pictures_are_looked_at(run: Headway, folders: Any, tmp_path: Path) -> None:

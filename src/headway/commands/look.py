@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from headway.probe.record import Record
 
 PAGE = Path("look.html")
+LONGEST_TITLE = 160
 
 
 def look(
@@ -70,7 +71,9 @@ def _record(loaded: Loaded, name: str, text: str | None, second: str | None, ima
         raise ValueError("look: this model reads pictures alone: give --image FILE and no text")
     given: dict[str, Any] = {} if pictured or image is None else {"image": image}
     found = run(loaded, image if pictured else text, second, **given)
-    return record_of(found, str(image.name if image and text is None else text), _short(name))
+    title = image.name if image and text is None else str(text)
+    title = title if len(title) <= LONGEST_TITLE else f"{title[: LONGEST_TITLE - 1]}…"
+    return record_of(found, title, _short(name))
 
 
 def _short(name: str) -> str:

@@ -117,11 +117,14 @@ function largestOfRows(map, k) {
 }
 
 const opened = new Map(); // the last few heads: moving back and forth unpacks nothing twice
-async function opening(index) {
+function opening(index) {
   if (!opened.has(index)) {
-    const buffer = await unpacked(`head-${index}`);
-    opened.set(index, "size" in record.heads[index] ? new Sparse(index, buffer) : new Whole(index, buffer));
-    if (opened.size > 24) opened.delete(opened.keys().next().value);
+    const kind = "size" in record.heads[index] ? Sparse : Whole;
+    opened.set(
+      index,
+      unpacked(`head-${index}`).then((buffer) => new kind(index, buffer)),
+    );
+    if (opened.size > 32) opened.delete(opened.keys().next().value);
   }
   return opened.get(index);
 }

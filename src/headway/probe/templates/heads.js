@@ -24,7 +24,8 @@ function buildHeads(thumbs) {
         "aria-label": `Heads: ${title}`,
         "aria-describedby": "choose-help",
         onkeydown: moveHead,
-        onclick: pickHead,
+        onclick: (event) => cellUnder(event, open),
+        onpointerover: (event) => cellUnder(event, foresee),
       },
       ...rows,
     );
@@ -99,9 +100,14 @@ function selectHead() {
   else if (box.bottom > outer.bottom) scroller.scrollTop += box.bottom - outer.bottom + 4;
 }
 
-function pickHead(event) {
+// What is pointed at, or beside what is seen, is unpacked before it is asked for.
+function foresee(index) {
+  if (index >= 0 && index < headsInAll) opening(index).catch(() => null);
+}
+
+function cellUnder(event, then) {
   const cell = event.target.closest("[role=gridcell]");
-  if (cell) open(+cell.dataset.index);
+  if (cell) then(+cell.dataset.index);
 }
 
 function moveHead(event) {

@@ -42,6 +42,7 @@ async function open(index) {
   if (state.chosen && state.chosen.index >= tokensOf(here().place, state.chosen.end).length) state.chosen = null;
   build();
   remember();
+  setTimeout(() => [index - 1, index + 1].forEach(foresee), 200);
 }
 
 function build() {

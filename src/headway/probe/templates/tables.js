@@ -171,7 +171,8 @@ function headTable(box, act, key = "head", down = false) {
 function meaning(box, map) {
   const parts = Object.entries(record.definitions).flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)]);
   const { k, size, scale, signed } = map.how;
-  const levels = signed ? 127 : 255, step = scale / levels;
+  const levels = signed ? 127 : 255,
+    step = scale / levels;
   const off = signed || !map.share ? step.toPrecision(2) : percent(step);
   const kept = map.sparse
     ? `This text is long: of each row the ${k} largest weights are kept, and of the map the means over ${size} × ${size} ` +
