@@ -56,7 +56,7 @@ def task(source: Path, objective: dict[str, Any], kind: str, **changed: Any) -> 
 
 
 def test_a_trained_decoder_goes_on_from_a_text(texts: Path, tmp_path: Path, run: Headway) -> None:
-    result = headway.train(task(texts, {"name": "causal"}, "decoder", budget={"steps": 60}), out=tmp_path / "run")
+    result = headway.train(task(texts, {"name": "causal"}, "decoder", budget={"steps": 20}), out=tmp_path / "run")
     assert result["use"] == 'generate {} "TEXT"'
     assert result["bits_per_byte"] < 8 and result["bits_per_byte_xz_baseline"] > 0
     model = headway.load(tmp_path / "run")
@@ -226,6 +226,18 @@ def test_a_student_comes_near_its_teacher(texts: Path, tmp_path: Path) -> None:
     teacher = found[1]["fill_perplexity_teacher"]
     assert teacher < found[1]["fill_perplexity"] < 0.5 * found[0]["fill_perplexity"]
     assert headway.load(tmp_path / "student").fill("a rose is a <mask>")[0]
+
+
+def test_a_classifier_is_distilled_too_and_its_classes_are_the_teachers(texts: Path, tmp_path: Path) -> None:
+    of = {"name": "classify", "weights": "balanced", "truncate": True}
+    headway.train(task(texts, of, "encoder", tokenizers={}), out=tmp_path / "teacher")
+    objective = {"name": "distill", "teacher": str(tmp_path / "teacher"), "of": of}
+    result = headway.train(task(texts, objective, "encoder", tokenizers={}), out=tmp_path / "student")
+    assert 0 <= result["accuracy"] <= 1 and 0 <= result["accuracy_teacher"] <= 1 and "accuracy_baseline" in result
+    other = tmp_path / "other.jsonl"
+    other.write_text(texts.read_text("utf-8").replace("odd", "other"), "utf-8")
+    with pytest.raises(ValueError, match=r"objective\.teacher tells even, odd, and the rows have even, other"):
+        prepare(read(task(other, objective, "encoder", tokenizers={})))
 
 
 def test_a_teacher_that_cannot_be_asked_is_refused(texts: Path, tmp_path: Path) -> None:

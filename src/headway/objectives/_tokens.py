@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +19,9 @@ from headway.data.examples import Example, Examples
 from headway.data.sources import Values
 from headway.hub import Loaded
 from headway.mask import Mask
+from headway.objectives import Base, Unfit
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
-
-if TYPE_CHECKING:
-    from headway.objectives import Base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +78,8 @@ def pieces(text: str, tools: Tools) -> Iterator[tuple[list[int], list[int]]]:
         yield ids[:first] + ids[start:end] + ids[last:], words[:first] + words[start:end] + words[last:]
 
 
-def unfit(text: str) -> Exception:
+def unfit(text: str) -> Unfit:
     """A text that no example can be made of."""
-    from headway.objectives import Unfit
-
     return Unfit(f"the text {text[:40]!r} has no tokens: give it at least one")
 
 

@@ -17,8 +17,8 @@ from headway.data.batches import Batches, Order, Packed, asked
 from headway.data.examples import Example, Examples
 from headway.data.sources import Values
 from headway.hub import Loaded
-from headway.objectives import Base, Score, Unfit, with_head, with_vocabulary
-from headway.objectives._tokens import Tokens, rows_of
+from headway.objectives import Base, Score, with_head, with_vocabulary
+from headway.objectives._tokens import Tokens, rows_of, unfit
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
 
@@ -40,7 +40,7 @@ class Objective(Base):
         """Begin, text, end; cut into rows, each of which predicts the first token of the next."""
         ids = tools.ids(row[0])
         if not ids:
-            raise Unfit(f"the text {row[0][:40]!r} has no tokens: give it at least one")
+            raise unfit(row[0])
         begin = tools.bos if tools.bos is not None else tools.eos
         ids = ([] if begin is None else [begin]) + ids + ([] if tools.eos is None else [tools.eos])
         length = tools.max_tokens

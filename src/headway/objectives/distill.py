@@ -78,6 +78,12 @@ class Objective(Base):
         mine, theirs = tools.source, self.teacher.source
         if mine is not None and theirs is not None and mine.record() != theirs.record():
             raise ValueError("objective.teacher reads with another tokenizer than model.load: their ids differ")
+        heads = msgspec.to_builtins(self.teacher.spec.get("heads", {})).values()
+        told = [tuple(head["labels"]) for head in heads if head.get("labels")]
+        if tools.labels and told and tools.labels not in told:
+            raise ValueError(
+                f"objective.teacher tells {', '.join(told[0])}, and the rows have {', '.join(tools.labels)}"
+            )
         self.inner.ready(tools)
 
     def spec(self, model: dict[str, Any], tools: Tools) -> dict[str, Any]:
