@@ -105,7 +105,7 @@ class Recipe(Strict, frozen=True):
 
     `precision`: "bf16" computes in it where that is safe (autocast), "pure-bf16" throughout, with fp32 weights beside
     (1710.03740). `activation_checkpointing` runs each block again on the way back instead of keeping what it computed;
-    `compile` has torch.compile make kernels of each block. `spike`: training stops at a loss that many standard
+    `compile` has torch.compile fuse each feed-forward. `spike`: training stops at a loss that many standard
     deviations above its running mean (0: only where it is no number). `keep`: checkpoints, each with the best weights.
 
     Test inputs are answered with `beams`, which compete by log-probability over length^`penalty`.
