@@ -22,12 +22,19 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 WORDS = ("The", "cat", "sat", "on", "the", "mat", ".", "The", "dog", "sat", "too", ".")
 
 
+MISSING = "no browser here: the page of headway look was not looked at in one (apt-get install chromium)"
+
+
+def browser_path() -> str | None:
+    return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
 @contextmanager
 def browser() -> Iterator[Any]:
     """A browser of this machine, driven by Playwright; the test is skipped where there is none."""
-    path = next((found for name in NAMES if (found := shutil.which(name))), None)
+    path = browser_path()
     if path is None:
-        pytest.skip("no browser here: apt-get install chromium, and this test looks at the page in it")
+        pytest.skip(MISSING)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:

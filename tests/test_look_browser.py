@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import WORDS, Opened, browser, picture_record, text_record, translation_record, written
+from browser import (
+    MISSING,
+    WORDS,
+    Opened,
+    browser,
+    browser_path,
+    picture_record,
+    text_record,
+    translation_record,
+    written,
+)
 from test_look_page import HOSTILE
 
 VIEWS = ("lines", "matrix", "text")
@@ -25,7 +35,9 @@ NAMELESS = """() => {
 
 
 @pytest.fixture(scope="module")
-def started() -> Iterator[Any]:
+def started(request: pytest.FixtureRequest) -> Iterator[Any]:
+    if browser_path() is None and (reporter := request.config.pluginmanager.get_plugin("terminalreporter")):
+        reporter.write_line(f"\n{MISSING}")  # for whoever does not ask why tests are skipped
     with browser() as found:
         yield found
 

@@ -37,10 +37,14 @@ class Lines {
     this.redraw();
   }
 
+  // One step at the edge moves by a row; whatever is further away comes to the middle.
   follow(index) {
     const { scrollTop, clientHeight } = this.scroller;
-    if (index * ROW < scrollTop + ROW) this.scroller.scrollTop = (index - 1) * ROW;
-    else if ((index + 2) * ROW > scrollTop + clientHeight) this.scroller.scrollTop = (index + 2) * ROW - clientHeight;
+    const above = scrollTop + ROW - index * ROW,
+      below = (index + 2) * ROW - scrollTop - clientHeight;
+    if (Math.max(above, below) > 3 * ROW) this.scroller.scrollTop = index * ROW - clientHeight / 2;
+    else if (above > 0) this.scroller.scrollTop -= above;
+    else if (below > 0) this.scroller.scrollTop += below;
   }
 
   redraw() {

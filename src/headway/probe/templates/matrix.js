@@ -271,11 +271,10 @@ class Matrix {
 const labelFont = () => `12px ${getComputedStyle(document.body).fontFamily}`;
 const labelOf = (token) => (shown(token).length > 12 ? `${shown(token).slice(0, 11)}…` : shown(token));
 
+// Room for the label of the most letters; wider letters are set a little closer.
 function labelWidth(tokens) {
   const context = document.createElement("canvas").getContext("2d");
   context.font = labelFont();
-  return Math.min(
-    LONGEST_LABEL,
-    Math.ceil(tokens.reduce((most, token) => Math.max(most, context.measureText(labelOf(token)).width), 0)) + 12,
-  );
+  const longest = tokens.reduce((most, token) => (token.length > most.length ? token : most), "");
+  return Math.min(LONGEST_LABEL, Math.ceil(context.measureText(labelOf(longest)).width) + 14);
 }
