@@ -36,8 +36,9 @@ NAMELESS = """() => {
 
 @pytest.fixture(scope="module")
 def started(request: pytest.FixtureRequest) -> Iterator[Any]:
-    if browser_path() is None and (reporter := request.config.pluginmanager.get_plugin("terminalreporter")):
-        reporter.write_line(f"\n{MISSING}")  # for whoever does not ask why tests are skipped
+    if browser_path() is None:  # said aloud, for whoever does not ask why tests are skipped
+        with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{MISSING}")
     with browser() as found:
         yield found
 
