@@ -139,7 +139,7 @@ function headTable(box, act, key = "head", down = false) {
     pattern: "Pattern",
     score: "Score",
     entropy: "Entropy, nats",
-    distance: "Mean distance, tokens",
+    distance: "Distance, tokens",
   };
   const heads = Object.entries(titles).map(([name, title]) => {
     const sorted = name === key ? (down ? "descending" : "ascending") : null;
