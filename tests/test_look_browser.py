@@ -1,5 +1,6 @@
 """The page in a browser: it shows what the numbers say, by mouse, by keys and by its address, at every width."""
 
+import socket
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -246,6 +247,20 @@ def test_hostile_text_is_shown_as_text(started: Any, files: dict[str, Path]) -> 
         assert tab.page.locator("img, b:not(#details b)").count() == 0
         assert HOSTILE[0] in tab.page.inner_text("h1")
         assert not tab.errors and tab.requests == [tab.file]
+
+
+def test_whatever_got_in_could_neither_run_nor_fetch(started: Any, files: dict[str, Path]) -> None:
+    intruder = """(there) => {
+      document.body.append(Object.assign(document.createElement("script"), { textContent: "window.ran = true" }));
+      document.body.append(Object.assign(document.createElement("img"), { src: there + "x.png" }));
+      return fetch(there).then(() => "sent", () => window.ran ?? "refused");
+    }"""
+    with socket.create_server(("localhost", 0)) as server, Opened(started, files["text"]) as tab:
+        assert tab.page.evaluate(intruder, f"http://localhost:{server.getsockname()[1]}/") == "refused"
+        assert sum("Content Security Policy" in error for error in tab.errors) >= 3
+        server.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            server.accept()
 
 
 def test_tokens_are_found(started: Any, files: dict[str, Path]) -> None:
