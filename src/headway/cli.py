@@ -167,11 +167,11 @@ def _compare(recipe: str, out: Path | None, resume: bool, overwrite: bool, set: 
     folder = out or Path("runs") / read(recipe, set or []).name
     results = _watched(headway.compare, recipe, out, resume, overwrite, set, again)
     summary(results["models"], results["data"]["source"] == "cmudict")
-    winner = best(results)
-    typer.echo(
-        f"\nFewest errors: {winner['title']}. Report: {folder / 'report.html'}  Figures: {folder / 'results.json'}"
-    )
-    typer.echo(f"Use it: headway run {folder / winner['name']} {_example(results['data']['source'])}")
+    winner, metric = best(results), results["metric"]["name"].replace("_", " ")
+    what = "Fewest errors" if metric == "wer" else f"Best by {metric}"
+    typer.echo(f"\n{what}: {winner['title']}. Report: {folder / 'report.html'}  Figures: {folder / 'results.json'}")
+    how = winner.get("use", 'run {} "TEXT"').replace('"TEXT"', _example(results["data"]["source"]))
+    typer.echo(f"Use it: headway {how.replace('{}', str(folder / winner['name']))}")
 
 
 def _watched(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,8 +41,8 @@ def text_of(
     """Ids and types of a text or a pair, specials included, as long as the model takes; `Unfit` where it is longer and
     nobody asked to cut it."""
     ids, types = tools.encode(text, second)
-    limit, marks = limit_of(tools), len(tools.encode("", None if second is None else "")[0])
-    if len(ids) <= marks:
+    limit = limit_of(tools)
+    if len(ids) <= _marks(tools.source, second is not None):
         raise Unfit(f"the text {text[:40]!r} has no tokens: give it at least one")
     if len(ids) > limit:
         if not truncate:
@@ -49,6 +50,14 @@ def text_of(
             raise Unfit(f"the text {text[:40]!r} has {len(ids)} tokens, and the model takes {limit}: {told}")
         ids, types = [*ids[: limit - 1], ids[-1]], types[:limit]
     return ids, types
+
+
+@lru_cache(maxsize=16)
+def _marks(tokenizer: Any, pair: bool) -> int:
+    """How many ids of a text, or of a pair, are marks around it."""
+    if isinstance(tokenizer, PublishedTokenizer):
+        return len(tokenizer.encode("", "" if pair else None).ids)
+    return 3 if pair else 2
 
 
 def limit_of(tools: Tools) -> int:

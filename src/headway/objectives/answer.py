@@ -105,6 +105,9 @@ class Objective(Base):
         total = -scores.gather(1, batch.places[:, None]).sum()
         return Loss(total, total.detach(), batch.targets)
 
+    def use(self, tools: Tools) -> str:
+        return 'answer {} -q "QUESTION" -c FILE'
+
     def score(self, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Score:
         """Exact matches, and the F1 of the words that are told and those that are right, as SQuAD has them."""
         told = []

@@ -93,6 +93,7 @@ class Objective(Base):
 
     def ready(self, tools: Tools) -> None:
         self.start, self.image = tools.start, tools.image
+        self.tools = [tools, tower_tools(tools)] if self.pairs == "target" else [tools]
         if self.pairs == "image" and self.image is None:
             raise ValueError("no tower says the size of its pictures: give it patches.image")
         if self.pooling is None:
@@ -121,7 +122,7 @@ class Objective(Base):
         """Of each tower in order; None for the one that reads pictures."""
         if self.pairs == "image":
             return [None if name == "image" else tools for name in names]
-        return [tools, tower_tools(tools)]
+        return list(self.tools)
 
     def encode(self, row: Values, tools: Tools) -> Iterable[Example]:
         text = lambda side, value: text_of(side, value, truncate=self.truncate)
@@ -130,7 +131,7 @@ class Objective(Base):
                 return [(stored(row[0]), *text(tools, row[1]))]
             except ValueError as problem:
                 raise Unfit(str(problem)) from None
-        sides = [tools, tower_tools(tools)] if self.pairs == "target" else [tools] * len(row)
+        sides = self.tools if self.pairs == "target" else self.tools * len(row)
         return [tuple(part for side, value in zip(sides, row, strict=True) for part in text(side, value))]
 
     def sizes(self, example: Example) -> tuple[int, ...]:
@@ -223,7 +224,7 @@ class Objective(Base):
         if not self.two_towers:
             found.facts = msgspec.structs.replace(found.facts, pooling=self.pooling, normalize=True)
         elif self.pairs == "target" and tools.start is None:
-            found.target = tower_tools(tools).source
+            found.target = self.tools[1].source
         if found.image is None:
             found.image = tools.image
         return found
