@@ -271,12 +271,12 @@ def test_the_probe_tells_what_can_be_told_and_guesses_the_rest() -> None:
 
 
 def test_the_line_that_follows_is_looked_up() -> None:
-    gap = Gap("a = 1\nb = 2\nc = 3\na = 1\n", "b = 2", "\nd")
+    gap = Gap("a = 1\nb = 2\nc = 3\na = 1", "b = 2", "\nd")
     assert followed(gap, {}) == "b = 2"
-    assert followed(Gap("x\ny\n", "z", ""), {}) == ""
+    assert followed(Gap("x\ny", "z", ""), {}) == ""
     text = "\n".join(f"value_{i} = {i}" for i in range(40))
     found = lines([(text,)], 5)
-    assert len(found) == 5 and all(gap.before + gap.line + gap.after == text for gap in found)
+    assert len(found) == 5 and all(f"{gap.before}\n{gap.line}{gap.after}" == text for gap in found)
     assert found == lines([(text,)], 5)
 
 

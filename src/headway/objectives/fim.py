@@ -32,7 +32,8 @@ LINES, TOGETHER = 200, 16  # that are completed in the test, and how many at a t
 
 
 class Gap(NamedTuple):
-    """A line of a file, with what stands before and after it."""
+    """A line of a file, with what stands before and after it; the line breaks go with what is behind them, as they do
+    in the tokens of a text that nobody cut."""
 
     before: str
     line: str
@@ -145,13 +146,12 @@ def lines(rows: Sequence[Values], count: int) -> list[Gap]:
     gaps = []
     for _, text, i in sorted(found)[:count]:
         parts = text.split("\n")
-        before = "\n".join(parts[:i]) + "\n"
-        gaps.append(Gap(before, parts[i], "\n" + "\n".join(parts[i + 1 :])))
+        gaps.append(Gap("\n".join(parts[:i]), parts[i], "\n" + "\n".join(parts[i + 1 :])))
     return gaps
 
 
 def written(model: Loaded, prompts: Sequence[list[int]], tools: Tools) -> Iterator[str]:
-    """What the model writes, greedily, up to the end of the line."""
+    """What the model writes, greedily, up to the end of the next line."""
     for start in range(0, len(prompts), TOGETHER):
         group = prompts[start : start + TOGETHER]
         rows: list[list[int]] = [[] for _ in group]
@@ -160,18 +160,18 @@ def written(model: Loaded, prompts: Sequence[list[int]], tools: Tools) -> Iterat
         while token is not None:
             if not token.ended:
                 rows[token.row].append(token.id)
-                if "\n" in tools.text(rows[token.row]):
+                if "\n" in tools.text(rows[token.row])[1:]:
                     done.add(token.row)
             try:
                 token = writing.send(done)
             except StopIteration:
                 break
-        yield from (tools.text(row).split("\n")[0] for row in rows)
+        yield from (tools.text(row).removeprefix("\n").split("\n")[0] for row in rows)
 
 
 def followed(gap: Gap, often: Mapping[str, Counter[str]]) -> str:
     """What followed the line before where it last stood earlier in the file, or else most often elsewhere."""
-    said = gap.before.split("\n")[:-1]
+    said = gap.before.split("\n")
     for i in range(len(said) - 2, -1, -1):
         if said[i] == said[-1]:
             return said[i + 1]
