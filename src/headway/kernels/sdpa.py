@@ -12,7 +12,8 @@ from torch import Tensor
 from headway.kernels import Call, _packed, places
 from headway.mask import Mask
 
-SHORT = 128  # queries, and keys, up to which three products beat the fused way back in bf16
+SHORT = 512  # queries, and keys, up to which three products beat the fused way back in bf16
+PIECES = 256  # and up to which they do where sequences are packed
 
 
 def refuses(call: Call) -> str:
@@ -56,7 +57,9 @@ def run(
         return F.scaled_dot_product_attention(
             q, k, v, dropout_p=dropout, is_causal=mask.causal, scale=scale, enable_gqa=grouped
         )
-    packed = not unfused and _packed.fits(mask, q.shape[2], k.shape[2], bias is not None, q.device.type)
+    packed = (not unfused or q.shape[2] > PIECES) and _packed.fits(
+        mask, q.shape[2], k.shape[2], bias is not None, q.device.type
+    )
     if packed and (lengths := _packed.lengths(mask, q_pos, k_pos, q.shape[0])) is not None:
         return _packed.run(q, k, v, mask.causal, lengths, scale, dropout)
     allowed = mask.allows(*places(q, k, q_pos, k_pos))[:, None]  # B 1 T S, or B 1 1 S where queries do not differ
@@ -86,6 +89,10 @@ def _slow_back(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def _unfused(q: Tensor, k: Tensor, v: Tensor, lowered: Tensor | None, scale: float) -> Tensor:
     """`lowered` is the mask as PyTorch takes it: true where a query may look, or what is added to the scores."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    if lowered is not None and lowered.ndim == 2 and lowered.dtype == torch.bool:  # the same for all: in one call
+        hidden = torch.zeros_like(lowered, dtype=q.dtype).masked_fill(~lowered, float("-inf"))
+        scores = torch.baddbmm(hidden, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
+        return (scores.softmax(-1) @ v.flatten(0, 1)).view(*q.shape[:3], v.shape[-1])
     scores = (q @ k.mT) * scale
     if lowered is not None and lowered.dtype == torch.bool:
         scores = scores.masked_fill(~lowered, float("-inf"))
