@@ -1,6 +1,6 @@
 """Training: what the loop costs beside the bare step, a decoder beside its peers, skewed lengths beside padded batches.
 
-    python bench/train.py [loop] [decoder] [skewed] [--rounds 5]
+    python bench/train.py [loop] [decoder] [skewed] [--rounds 5] [--dry]
 
 Each part that is named (all, without names) is measured anew and put into `results/train.json`. All sides of a part
 take turns in one process, on the same tokens, with the same optimiser (fused AdamW), and clip gradients at 1.
@@ -281,7 +281,7 @@ def skewed(rounds: int) -> dict[str, Any]:
                 ours = trainer(given, Path(name))
                 key = f"headway {precision}{' packed' if pack else ''}"
                 sides[key] = our_epoch(ours, tokens.setdefault(key, []))
-        rows = [list(ids) for ids, *_ in ours.prepared.batches._examples]  # the same texts, as the same ids
+        rows = [[int(i) for i in ids] for ids, *_ in ours.prepared.batches._examples]  # the same texts, as the same ids
         lengths = sorted(map(len, rows))
         config = transformers.AutoConfig.from_pretrained(minilm())
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.1
@@ -344,7 +344,10 @@ if __name__ == "__main__":
     asked = argparse.ArgumentParser()
     asked.add_argument("parts", nargs="*", help="loop, decoder, skewed")
     asked.add_argument("--rounds", type=int, default=5)
+    asked.add_argument("--dry", action="store_true", help="one row a batch, one round, nothing saved: does it run?")
     given = asked.parse_args()
+    if given.dry:
+        ROWS, STEPS, given.rounds = 1, 1, 1
     if unknown := set(given.parts) - PARTS.keys():
         raise SystemExit(f"bench/train.py: no part {', '.join(sorted(unknown))}; there is {', '.join(PARTS)}")
     file = RESULTS / "train.json"
@@ -352,4 +355,7 @@ if __name__ == "__main__":
     for part in given.parts or PARTS:
         figures[part] = PARTS[part](given.rounds)
         figures["peers"] = {name: version(name) for name in ("transformers", "x-transformers")}
+        if given.dry:
+            print(json.dumps(figures[part], indent=1))
+            continue
         save("train", {key: value for key, value in figures.items() if key in (*PARTS, "peers")})
