@@ -8,10 +8,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shell import Headway
 from torch import nn
 
 import headway
@@ -187,18 +189,12 @@ def test_a_bad_row_is_told_or_skipped(tmp_path: Path) -> None:
 
 
 def trained(given: Recipe, folder: Path) -> tuple[dict[str, Any], Any]:
-    result = headway.train(given.__class__ and _dict(given), out=folder)
+    result = headway.train(msgspec.to_builtins(given), out=folder)
     return result, headway.load(folder, "cpu")
 
 
-def _dict(given: Recipe) -> dict[str, Any]:
-    import msgspec
-
-    return msgspec.to_builtins(given)
-
-
 @pytest.mark.parametrize("kind", ["text", "pair"])
-def test_a_trained_text_classifier_classifies(kind: str, tmp_path: Path) -> None:
+def test_a_trained_text_classifier_classifies(kind: str, tmp_path: Path, run: Headway) -> None:
     given = recipe(
         texts(tmp_path, 400), ENCODER, objective={"name": "classify", "of": kind}, budget={"steps": 60},
         tokenizers={"input": {"kind": "whitespace"}}, data={"source": str(tmp_path / "texts.csv"), "held_out": 15},
@@ -207,6 +203,8 @@ def test_a_trained_text_classifier_classifies(kind: str, tmp_path: Path) -> None
     assert result["accuracy"] == 1.0 and 0 < result["accuracy_baseline"] <= 1
     one = ("on an red 3", "other 3") if kind == "pair" else "on an red 3"
     assert model.classify([one])[0].label == "red"
+    done = run("classify", tmp_path / "run", "\t".join(one) if isinstance(one, tuple) else one)
+    assert done.code == 0 and "\tred\t" in done.out
 
 
 def test_trained_words_are_found_as_spans(tmp_path: Path) -> None:
