@@ -240,6 +240,19 @@ def test_a_classifier_is_distilled_too_and_its_classes_are_the_teachers(texts: P
         prepare(read(task(other, objective, "encoder", tokenizers={})))
 
 
+def test_a_student_of_a_published_teacher_begins_as_that_does(tmp_path: Path) -> None:
+    folder, _ = published(tmp_path, first("T5ForCond"), "t5")
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("\n".join(["input\ttarget", *(f"number {i}\tit is {i}" for i in range(60))]), "utf-8")
+    objective = {"name": "distill", "teacher": str(folder), "of": {"name": "seq2seq"}}
+    result = headway.train(task(pairs, objective, "seq2seq", max_tokens=32, tokenizers={}), out=tmp_path / "run")
+    assert math.isfinite(result["valid_loss"])
+    teacher, student = headway.load(folder), headway.load(tmp_path / "run")
+    assert student.facts.start == teacher.facts.start == 0 and student.facts.eos == teacher.facts.eos
+    prepared = prepare(read(task(pairs, objective, "seq2seq", max_tokens=32, tokenizers={})))
+    assert prepared.batches.batch(0).target_in[:, 0].eq(0).all()
+
+
 def test_a_teacher_that_cannot_be_asked_is_refused(texts: Path, tmp_path: Path) -> None:
     headway.train(task(texts, {"name": "causal"}, "decoder"), out=tmp_path / "teacher")
     teacher = str(tmp_path / "teacher")

@@ -25,7 +25,8 @@ SPELT = {
 class Tools:
     """`source` and `target` read the two sides (the same where there is one); `labels` are the classes, sorted, and
     `counts` how many training rows have each; `extra` the ids of what an objective asked to have besides (a mask,
-    sentinels); `start` what is trained on from; `image` what pictures become."""
+    sentinels); `start` what is trained on from; `image` what pictures become;
+    `lender` whose tokenizers they are, where it is a teacher's."""
 
     source: Tokenizer | PublishedTokenizer | None
     target: Tokenizer | PublishedTokenizer | None
@@ -36,6 +37,7 @@ class Tools:
     start: Loaded | None
     counts: tuple[int, ...] = ()
     image: ImageSpec | None = None
+    lender: Loaded | None = None
 
     def encode(self, text: str, second: str | None = None) -> tuple[list[int], list[int]]:
         """Ids and types of a text, or of a pair, with the specials that the tokenizer puts around them; our own, that
@@ -89,7 +91,8 @@ class Tools:
     @property
     def begin(self) -> int:
         """What an encoder-decoder's decoder reads first: as the checkpoint says, or BOS."""
-        said = self.start.facts.start if self.start is not None else None
+        told = self.start or self.lender
+        said = told.facts.start if told is not None else None
         return said if said is not None else BOS if self.bos is None else self.bos
 
     @property
@@ -136,7 +139,7 @@ def learn(
     lowercase = start.lowercase if start is not None else _lower(rows, kinds)
     known = tuple(sorted(labels))
     counts = tuple(labels[label] for label in known)
-    return Tools(source, target or source, known, names, max_tokens, lowercase, start, counts, image)
+    return Tools(source, target or source, known, names, max_tokens, lowercase, start, counts, image, lender)
 
 
 def _special(source: Tokenizer | PublishedTokenizer | None, name: str) -> int:
