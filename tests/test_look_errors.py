@@ -92,6 +92,10 @@ def test_a_stack_is_named_where_there_are_several_and_none_decodes() -> None:
     with pytest.raises(ValueError, match="look: say which with stack=; this model has text, image"):
         found.map(0, 0)
     assert found.map(0, 0, stack="text").shape == (4, 4)
+    two = look(model, ids.repeat(2, 1), image=torch.randn(1, 3, *model.net.towers["image"].patches.image))
+    for ask in (two.relevance, two.heads):
+        with pytest.raises(ValueError, match="look: no row 1; the rows of this batch are 0 to 0"):
+            ask(row=1)
     refused("a model of two towers compares: give a text and image=, a picture", model, ids)
 
 

@@ -321,7 +321,12 @@ def test_a_layer_that_forms_no_weights_stops_what_follows_attention() -> None:
         ),
         (lambda found: found.relevance(lambda hidden: hidden), "one number that depends on what the model gave, and"),
         (lambda found: found.relevance(lambda hidden: torch.tensor(1.0)), "one number .*, and this is a constant"),
-        (lambda found: found.relevance(row=3), "relevance: no row 3"),
+        (lambda found: found.relevance(row=3), "look: no row 3; the rows of this batch are 0 to 0"),
+        (lambda found: found.rollout(row=9), "look: no row 9; the rows of this batch are 0 to 0"),
+        (
+            lambda found: found.relevance(lambda hidden: 0 * hidden.sum()),
+            "gradient is 0 at 'stack', so nothing carries",
+        ),
         (lambda found: found.heads(row=3), "look: no row 3; the rows of this batch are 0 to 0"),
     ],
 )

@@ -115,6 +115,35 @@ def test_the_answer_is_written_without_changing_how_the_weights_lie(tmp_path: Pa
     assert not is_prepared(model.net)
 
 
+def state_of(net: Any) -> tuple[Any, ...]:
+    return [(p, p.requires_grad) for p in net.parameters()], [module.training for module in net.modules()]
+
+
+def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    kept = all(a is b and asked == asks for (a, asked), (b, asks) in zip(one[0], other[0], strict=True))
+    return kept and one[1] == other[1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_model_in_training_writes_its_answer_and_is_as_it_was(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headway.quantize import is_prepared
+
+    readers.published(tmp_path, "T5ForConditionalGeneration", "t5")
+    model = load(tmp_path, device="cpu")
+    model.net.train().encoder.eval()
+    next(model.net.parameters()).requires_grad_(False)
+    before = state_of(model.net)
+    if fails:
+        monkeypatch.setattr(type(model.net), "init_state", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            look(model, "the cat")
+    else:
+        look(model, "the cat")
+    assert same(before, state_of(model.net)) and not is_prepared(model.net)
+
+
 def test_two_towers_are_asked_about_a_text_and_a_picture(tmp_path: Path) -> None:
     model = readers.dual(tmp_path)
     picture = np.random.default_rng(0).integers(0, 255, (12, 9, 3), dtype=np.uint8)

@@ -6,8 +6,8 @@ output without any hook, and what its mixers see is caught in a second, eager ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from headway.attend import Glance
 from headway.mask import Mask
 from headway.mixers import Mixer
+from headway.probe.stacks import bare, before, eager, is_compiled, name_of
 
 
 class Place(NamedTuple):
@@ -89,19 +90,9 @@ def refuse_nan(net: nn.Module, output: Any, seen: Sequence[Seen]) -> None:
     raise ValueError(f"look: NaN comes out of {where}, whose weights and inputs hold none: try float32")
 
 
-@contextmanager
-def before(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    """`hook(module, inputs, named)` runs before the module, inside this context alone."""
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def mixers_of(net: nn.Module) -> list[tuple[Place, Mixer]]:
     """Every mixer of a model with its place, stack by stack, layer by layer."""
-    net = getattr(net, "_orig_mod", net)
+    net = bare(net)
     found: list[tuple[Place, Mixer]] = []
     for name, module in net.named_modules():
         if isinstance(module, Mixer):
@@ -112,13 +103,12 @@ def mixers_of(net: nn.Module) -> list[tuple[Place, Mixer]]:
 
 def _address(name: str, count: int) -> tuple[str, int, str]:
     """Stack, layer and slot of "towers.text.stack.blocks.3.cross.inner"; a mixer outside of a stack is counted."""
-    parts = [part for part in name.split(".") if part not in ("towers", "_orig_mod")]
+    parts = name.split(".")
     slot = "cross" if "cross" in parts else "self"
     if "blocks" not in parts:
         return "stack", count, slot
     at = len(parts) - 1 - parts[::-1].index("blocks")
-    stack = [part for part in parts[:at] if part != "stack"]
-    return ".".join(stack) or "stack", int(parts[at + 1]), slot
+    return name_of(parts[:at]), int(parts[at + 1]), slot
 
 
 def _place(stack: str, layer: int, slot: str, mixer: Mixer, net: nn.Module) -> Place:
@@ -128,13 +118,3 @@ def _place(stack: str, layer: int, slot: str, mixer: Mixer, net: nn.Module) -> P
     keys = "source" if slot == "cross" else own
     heads = getattr(mixer, "heads", 1)
     return Place(stack, layer, slot, name, heads, hasattr(mixer, "glance"), own, keys)
-
-
-def is_compiled(net: nn.Module) -> bool:
-    """Whether `torch.compile` has been asked for it, or for a part of it: compiled code runs no hooks."""
-    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in net.modules())
-
-
-def eager() -> Any:
-    """Inside, what was compiled runs as it was written."""
-    return torch.compiler.set_stance("force_eager")

@@ -19,6 +19,7 @@ from torch import Tensor
 from headway.attend import Glance
 from headway.probe.capture import Seen
 from headway.probe.maps import tiles
+from headway.probe.stacks import check_row, chosen
 
 if TYPE_CHECKING:
     from headway.probe.look import Look
@@ -30,6 +31,7 @@ Weigh = Callable[[Seen, Glance, slice], Tensor]  # some rows of a layer's matrix
 def rollout(look: Look, stack: str | None, row: int, tokens: Sequence[int] | None) -> dict[str, Float[Tensor, "M S"]]:
     """See `Look.rollout`."""
     stack, seen = of_stack(look.seen, stack)
+    check_row(row, seen[0].x)
     count = seen[0].x.shape[1]
     if tokens is None and count * count > MOST:
         raise ValueError(f"rollout: of all {count} tokens it has {count} x {count} numbers: say of which, tokens=[0]")
@@ -74,11 +76,7 @@ def follow(
 
 def of_stack(seen: Sequence[Seen], stack: str | None) -> tuple[str, list[Seen]]:
     """The places of a stack, first to last, within a layer as they run; all of which form weights."""
-    names = list(dict.fromkeys(one.place.stack for one in seen))
-    stack = stack or ("decoder" if "decoder" in names else names[0] if len(names) == 1 else None)
-    if stack not in names:
-        wish = "say which with stack=" if stack is None else f"no stack '{stack}'"
-        raise ValueError(f"look: {wish}; this model has {', '.join(names) or 'none'}")
+    stack = chosen((one.place.stack for one in seen), stack)
     found = [one for one in seen if one.place.stack == stack]
     if deaf := [one.place for one in found if not one.place.has_maps]:
         where = f"layer {deaf[0].layer} of '{stack}' is {deaf[0].mixer}"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headway.mixers import Implied
 from headway.probe.capture import Seen
+from headway.probe.stacks import check_row
 
 if TYPE_CHECKING:
     from headway.probe.look import Look
@@ -59,8 +60,7 @@ def whole(seen: Seen, row: int, rows: slice | None = None) -> Implied:
         raise ValueError(f"implied: {where} is {place.mixer}, which forms its weights: use look.map")
     if not hasattr(seen.mixer, "implied"):
         raise ValueError(f"implied: {where} is {place.mixer}, which is no map of its values: use look.influence")
-    if not 0 <= row < len(seen.x):
-        raise ValueError(f"implied: no row {row}; the rows of this batch are 0 to {len(seen.x) - 1}")
+    check_row(row, seen.x)
     if rows is not None and not range(seen.x.shape[1])[rows]:
         raise ValueError(f"implied: {rows} of {seen.x.shape[1]} queries is none of them: choose one or more")
     with torch.inference_mode(False), torch.no_grad():

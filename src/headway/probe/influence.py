@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from headway.block import Block, Stack
 from headway.mask import Mask
 from headway.mixers import Mixer
-from headway.probe.stacks import entering, stack_at, still
+from headway.probe.stacks import bare, check_row, entering, stack_at, still
 
 if TYPE_CHECKING:
     from headway.probe.look import Look
@@ -86,7 +86,7 @@ def influence(
 
 def _part(net: Any, stack: str | None) -> tuple[str, Any]:
     """A stack by name; a block or mixer by itself is the one layer of one."""
-    net = getattr(net, "_orig_mod", net)
+    net = bare(net)
     return ("stack", SimpleNamespace(blocks=[net])) if isinstance(net, Block | Mixer) else stack_at(net, stack)
 
 
@@ -94,8 +94,7 @@ class Alone:
     """One row of a call of a stack or block, without its padding, to be made again for copies of it."""
 
     def __init__(self, x: Tensor, named: dict[str, Any], row: int) -> None:
-        if not 0 <= row < len(x):
-            raise ValueError(f"influence: no row {row}; the rows of this batch are 0 to {len(x) - 1}")
+        check_row(row, x)
         there = named["pos"][row] >= 0
         self.x, self.pos = x[row : row + 1, there], named["pos"][row : row + 1, there]
         self.mask = _without_padding(named["mask"].of(row), there, there)

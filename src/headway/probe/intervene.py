@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from headway.loaded import Loaded
 from headway.probe import maps
-from headway.probe.capture import Place, eager, is_compiled, mixers_of
+from headway.probe.capture import Place, mixers_of
 from headway.probe.lens import outcome
-from headway.probe.stacks import leaving, stack_at, still
+from headway.probe.stacks import eager, is_compiled, leaving, stack_at, still
 
 if TYPE_CHECKING:
     from headway.probe.look import Look
@@ -113,9 +113,12 @@ def importance(
     if not widest:
         raise ValueError(f"importance: no mixer of '{name}' has heads to tell apart: use influence")
     found = torch.full((len(layers), widest), torch.nan)
+    given = {one.mixer: one.x for one in look.seen}  # a tower's rows are its own
     with still(look.net), ExitStack() as hooks:
         gates = {
-            layer: torch.ones(len(look.seen[0].x), 1, one.mixer.heads, device=look.seen[0].x.device).requires_grad_()
+            layer: torch.ones(
+                len(given[one.mixer]), 1, one.mixer.heads, device=given[one.mixer].device
+            ).requires_grad_()
             for layer, one in enumerate(layers)
             if one is not None
         }

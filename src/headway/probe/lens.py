@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from headway.models import decoder, encoder, seq2seq, vision
-from headway.probe.capture import eager, is_compiled
-from headway.probe.stacks import leaving, stack_at
+from headway.probe.stacks import bare, eager, head_at, is_compiled, leaving, stack_at
 
 if TYPE_CHECKING:
     from headway.probe.look import Look
@@ -52,10 +51,10 @@ def lens(look: Look, *, head: str | None = None, stack: str | None = None) -> Le
     """What each layer would say. head: of a decoder or encoder, one that reads every token ("lm", or the only one)."""
     name, body = stack_at(look.net, stack)
     read = _head(look, head, every=True)
-    if isinstance(_body(look), seq2seq.Model):
+    if isinstance(bare(look.net), seq2seq.Model):
         if name != "decoder":
             raise ValueError(f"lens: '{name}' has no head of its own: leave out stack, for the decoder's")
-        read = _body(look).head_of
+        read = bare(look.net).head_of
     with torch.no_grad(), eager() if is_compiled(look.net) else nullcontext():
         states, _ = leaving(look.rerun, body.blocks)
     return Lens(states, lambda x: read(body.norm(x)))
@@ -69,24 +68,19 @@ def outcome(look: Look, head: str | None = None) -> Tensor:
 
 def _head(look: Look, name: str | None, every: bool = False) -> Callable[[Tensor], Tensor]:
     """The head as a function of hidden states. `every`: only one that reads every token, and there must be one."""
-    net = _body(look)
+    net = bare(look.net)
     if not isinstance(net, encoder.Model | decoder.Model | vision.Model):
         if name is not None or (every and not isinstance(net, seq2seq.Model)):
             raise ValueError(f"this model has no head {name or 'that reads every token'}: give one with such a head")
         return lambda output: output
-    heads: dict[str, Any] = dict(net.heads)
-    fit = [n for n, one in heads.items() if one.spec.outputs is not None and (one.spec.pool == "none" or not every)]
-    name = name or ("lm" if "lm" in fit else fit[0] if len(fit) == 1 else None)
-    if name is None and not every:
+    found = head_at(net, name, every)
+    if found is None and name is None and not every:
         return lambda x: x
-    if name is None or (every and name not in fit):
-        there = ", ".join(heads) or "none"
+    if found is None:
+        there = ", ".join(net.heads) or "none"
         raise ValueError(f"lens: no head {name or 'that reads every token'} (heads: {there}): load one, and name it")
+    name = found
     if isinstance(net, vision.Model):
         return lambda x: net.head(name, x)
     ids, valid = look.reading.ids["source"], look.reading.valid["source"]
     return lambda x: net.head(name, x, ids, valid)
-
-
-def _body(look: Look) -> Any:
-    return getattr(look.net, "_orig_mod", look.net)

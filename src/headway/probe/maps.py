@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headway.attend import Glance
 from headway.probe.capture import Seen
+from headway.probe.stacks import check_row, chosen
 
 TILE_BYTES = 2**22  # of weights at a time: the scores, the mask and the weights lie beside one another
 
@@ -29,11 +30,7 @@ def find(seen: Sequence[Any], layer: int, stack: str | None, slot: str | None) -
     """The one of a place (all have a `place`), or a ValueError that says which places there are."""
     if not seen:
         raise ValueError("look: this module holds no mixer of Headway's: look at a model, stack, block or mixer")
-    stacks = list(dict.fromkeys(one.place.stack for one in seen))
-    stack = stack or ("decoder" if "decoder" in stacks else stacks[0] if len(stacks) == 1 else None)
-    if stack not in stacks:
-        wish = "say which with stack=" if stack is None else f"no stack '{stack}'"
-        raise ValueError(f"look: {wish}; this model has {', '.join(stacks)}")
+    stack = chosen((one.place.stack for one in seen), stack)
     here = [one for one in seen if one.place.stack == stack]
     there = [one for one in here if one.place.layer == layer]
     if not there:
@@ -55,8 +52,7 @@ def check(seen: Seen, head: int, row: int) -> None:
         raise ValueError(f"look: {where} is {place.mixer}, which forms no attention weights: use {other}")
     if not 0 <= head < place.heads:
         raise ValueError(f"look: no head {head} in {where}, whose heads are 0 to {place.heads - 1}")
-    if not 0 <= row < len(seen.x):
-        raise ValueError(f"look: no row {row}; the rows of this batch are 0 to {len(seen.x) - 1}")
+    check_row(row, seen.x)
 
 
 def tiles(glance: Glance, heads: int = 1) -> Iterator[slice]:

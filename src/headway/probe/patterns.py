@@ -21,6 +21,7 @@ from headway.loaded import Loaded
 from headway.models import decoder
 from headway.probe.capture import Place, Seen, capture
 from headway.probe.maps import TILE_BYTES
+from headway.probe.stacks import bare, check_row
 
 if TYPE_CHECKING:
     from headway.probe.look import Look
@@ -88,8 +89,7 @@ def heads(look: Look, row: int = 0) -> list[Head]:
     if not seen:
         there = ", ".join(dict.fromkeys(one.place.mixer for one in look.seen)) or "no mixer of Headway's"
         raise ValueError(f"look: this model ({there}) forms no attention weights: use look.influence")
-    if not 0 <= row < len(seen[0].x):
-        raise ValueError(f"look: no row {row}; the rows of this batch are 0 to {len(seen[0].x) - 1}")
+    check_row(row, *(one.x for one in seen))
     induction = _induction(look)
     found = []
     with torch.no_grad():
@@ -214,7 +214,7 @@ def _correlations(centres: Float[Tensor, "H T"]) -> Float[Tensor, " H"] | None:
 @torch.no_grad()
 def _induction(look: Look) -> dict[Place, Tensor]:
     """The score of each head of a decoder, on random tokens that come twice."""
-    net = getattr(look.net, "_orig_mod", look.net)
+    net = bare(look.net)
     if not isinstance(net, decoder.Model):
         return {}
     facts = look.model.facts if isinstance(look.model, Loaded) else Told()

@@ -20,7 +20,8 @@ from headway.loaded import Inputs, Loaded
 from headway.mask import Mask
 from headway.models import decoder, dual, encoder, seq2seq, vision
 from headway.positions import positions_of
-from headway.quantize import is_prepared
+from headway.probe.answer import NO_START, answer_of
+from headway.probe.stacks import bare
 from headway.text import BOS, EOS, Tokenizer
 
 Labels = dict[str, list[list[str]]]  # by side, row by row
@@ -49,7 +50,7 @@ def read(
     """What to look at, or a ValueError that says what this model takes instead."""
     net = model.net if isinstance(model, Loaded) else model
     loaded = model if isinstance(model, Loaded) else None
-    body = getattr(net, "_orig_mod", net)
+    body = bare(net)
     found = _read(net, body, loaded, inputs, second, image, valid, mask)
     return found if loaded is None else replace(found, separators=_separators(loaded))
 
@@ -180,7 +181,7 @@ def _pair(net: nn.Module, loaded: Loaded | None, inputs: Any, second: Any, valid
     elif loaded is None:
         raise ValueError("look: an encoder-decoder also reads what it has written: give the ids of that as second")
     else:
-        read_ids, written_ids = _written(loaded, inputs, second)
+        read_ids, written_ids = _written(loaded, inputs, source, second)
         target = torch.tensor([read_ids], device=source.ids.device)
         written = _labels(loaded.target, torch.tensor([written_ids]))[0]
     labels = {
@@ -201,13 +202,13 @@ def _decoded(net: Any, source: Inputs, target: Tensor, mask: Mask | None) -> Ten
     return net.decode(target, net.encode(source.ids, source.valid, mask))
 
 
-def _written(loaded: Loaded, inputs: Any, second: str | None) -> tuple[list[int], list[int]]:
+def _written(loaded: Loaded, inputs: Any, source: Inputs, second: str | None) -> tuple[list[int], list[int]]:
     """What the decoder reads, and what it writes behind each of those tokens; its own answer without a second text."""
     if not isinstance(inputs, str):
         raise ValueError("look: one text for an encoder-decoder to answer, or ids with the ids of the target as second")
     target = loaded.target
     if second is None:
-        answer = _answer(loaded, inputs)
+        answer = answer_of(loaded, source, loaded.global_tokens("generate", source))
     elif isinstance(target, Tokenizer):
         answer = target.encode(_checked(second))
     else:
@@ -216,23 +217,11 @@ def _written(loaded: Loaded, inputs: Any, second: str | None) -> tuple[list[int]
         return [BOS, *answer], [*answer, EOS]
     start, forced = loaded.facts.start, loaded.facts.forced_bos
     if start is None:
-        raise ValueError("look: this encoder-decoder does not say what its answers begin with: set facts.start")
+        raise ValueError(NO_START)
     if second is not None and forced is not None and answer[:1] != [forced]:
         answer = [forced, *answer]
     end = list(loaded.facts.eos[:1])
     return [start, *answer][: len(answer) + len(end)], [*answer, *end]
-
-
-def _answer(loaded: Loaded, text: str) -> list[int]:
-    """What the model itself writes."""
-    generate = getattr(loaded, "generate", None)
-    if generate is None:
-        raise ValueError("look: give what this model writes as the second text, or load it with headway.load")
-    packed = is_prepared(loaded.net)
-    answer = generate([text])[0].ids
-    if not packed:
-        loaded.unpack()  # as it was
-    return answer[: loaded.max_tokens] if isinstance(loaded.target, Tokenizer) else answer
 
 
 # --- pictures ---
@@ -294,7 +283,7 @@ def _tensors(net: nn.Module, inputs: Any, valid: Tensor | None, mask: Mask | Non
     from headway.block import Block, Stack
     from headway.mixers import Mixer
 
-    body = getattr(net, "_orig_mod", net)
+    body = bare(net)
     if not isinstance(body, Stack | Block | Mixer):
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         if valid is not None or mask is not None:

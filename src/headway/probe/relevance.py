@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from headway.attend import Glance
 from headway.models import decoder, dual, encoder, seq2seq, vision
-from headway.probe.capture import Place, Seen, before
+from headway.probe.capture import Place, Seen
 from headway.probe.flow import follow, of_stack
-from headway.probe.stacks import stack_at, still
+from headway.probe.stacks import bare, before, check_row, head_at, stack_at, still
 
 if TYPE_CHECKING:
     from headway.probe.look import Look
@@ -30,8 +30,9 @@ Target = int | str | Callable[[Tensor], Tensor] | None
 
 def relevance(look: Look, target: Target, at: int | None, row: int) -> dict[str, Float[Tensor, " S"]]:
     """See `Look.relevance`."""
-    if not 0 <= row < len(look.seen[0].x if look.seen else ()):
-        raise ValueError(f"relevance: no row {row} in this batch")
+    if not look.seen:
+        raise ValueError("relevance: this module holds no mixer of Headway's: look at a model")
+    check_row(row, *(one.x for one in look.seen))
     score = _score(look, target, at, row)
     stacks = list(dict.fromkeys(one.place.stack for one in look.seen))
     stacks = ["decoder"] if "decoder" in stacks else stacks  # the encoder is read through it alone
@@ -47,6 +48,9 @@ def relevance(look: Look, target: Target, at: int | None, row: int) -> dict[str,
     with torch.no_grad():
         for stack, end in ends.items():
             size = end[row].float().norm(dim=-1)
+            if not 0 < float(size.sum()) < torch.inf:
+                raise ValueError(f"relevance: the target's gradient is {float(size.sum()):g} at '{stack}', so nothing "
+                                 "carries it: choose a target that depends on this row, or float32")  # fmt: skip
             start = (size / size.sum())[None]
             found = follow(look.seen, stack, row, start, weigh, 1.0, 1.0)
             own = of_stack(look.seen, stack)[1][0].place.queries
@@ -91,7 +95,7 @@ def _score(look: Look, target: Target, at: int | None, row: int) -> Callable[[An
     """The number that is explained, as a function of what the model gives."""
     if callable(target):
         return target
-    body = getattr(look.net, "_orig_mod", look.net)
+    body = bare(look.net)
     if isinstance(body, dual.Model):
         _refuse(target, at, "a model of two towers is explained by its score")
         return lambda scores: scores[row, row]
@@ -112,10 +116,9 @@ def _score(look: Look, target: Target, at: int | None, row: int) -> Callable[[An
 
 
 def _head(body: Any) -> tuple[str, Any]:
-    names = list(body.heads)
-    name = "lm" if "lm" in names else names[0] if len(names) == 1 else None
-    if name is None or body.heads[name].spec.outputs is None:
-        there = f"{', '.join(names) or 'no'} heads"
+    name = head_at(body, None)
+    if name is None:
+        there = f"{', '.join(body.heads) or 'no'} heads"
         raise ValueError(f"relevance: this model has {there}, so say of what: relevance(lambda hidden: ...)")
     return name, body.heads[name]
 

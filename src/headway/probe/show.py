@@ -22,6 +22,7 @@ from headway.probe.capture import Place as Seen
 from headway.probe.flow import MOST
 from headway.probe.patterns import PATTERNS
 from headway.probe.record import Array, Arrays, Head, Maps, Place, Record, Side, block_means
+from headway.probe.stacks import bare, entering
 
 if TYPE_CHECKING:
     from headway.probe.look import Look
@@ -150,7 +151,6 @@ def _side(look: Look, name: str, tokens: list[str]) -> Side:
 def _picture(look: Look) -> str | None:
     """The pixels that the model was given, as a picture again."""
     from headway.models.vision import Model as Vision
-    from headway.probe.stacks import entering
 
     spec = getattr(look.model, "image", None)
     tower = next((module for module in look.net.modules() if isinstance(module, Vision)), None)
@@ -245,7 +245,7 @@ def _single(place: Place, weights: Float[Tensor, "T S"]) -> Shown:
 def _has_towers(look: Look) -> bool:
     from headway.models.dual import Model as Dual
 
-    return isinstance(getattr(look.net, "_orig_mod", look.net), Dual)
+    return isinstance(bare(look.net), Dual)
 
 
 def _array(weights: Tensor) -> Float[Array, "T S"]:
