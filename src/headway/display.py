@@ -51,7 +51,7 @@ class Live:
     def __init__(self) -> None:
         self.progress = Progress(
             TextColumn("{task.description}", table_column=None),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=24 if console.width >= 100 else 8),
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("loss {task.fields[loss]:.3f}"),
             TextColumn("{task.fields[speed]:,.0f} tokens/s"),
