@@ -10,12 +10,13 @@ import pytest
 import torch
 from published import TINY, label, saved
 from tiny import ARCHITECTURES, eight_pairs, fresh
-from torch import Tensor
+from torch import Tensor, nn
 
 import headway
 from headway import models
 from headway.layers import initialise
 from headway.mask import Mask
+from headway.mixers import Mixer
 from headway.probe import influence as module
 from headway.probe.influence import influence
 from headway.probe.look import look
@@ -129,6 +130,23 @@ def test_patches_and_towers_have_theirs() -> None:
     assert text.shape == (4, 4) and not text.triu(1).any()
     with pytest.raises(ValueError, match="say which with stack=; this model has text, image"):
         influence(given)
+
+
+class Wider(Mixer):
+    """Gives more channels than it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(3, 8)
+
+    def forward(self, x: Tensor, *, mask: Mask, pos: Tensor, state: Any = None, context: Any = None) -> Tensor:
+        return self.out(x)
+
+
+def test_all_channels_of_an_output_count_though_inputs_have_fewer() -> None:
+    mixer = Wider()
+    found = influence(look(mixer, torch.randn(1, 4, 3)), probes="exact")
+    torch.testing.assert_close(found.map, mixer.out.weight.norm().detach() * torch.eye(4))
 
 
 def test_a_mixer_by_itself_has_its_own() -> None:

@@ -46,6 +46,19 @@ def test_an_empty_text_is_refused(text: str, minilm: Loaded) -> None:
     refused("look: no tokens: give at least one", minilm, torch.zeros(1, 0, dtype=torch.long))
 
 
+@pytest.mark.parametrize("given", [Path("text.txt"), None, Image.new("RGB", (2, 2)), 7], ids=lambda g: type(g).__name__)
+def test_what_is_no_text_is_refused(given: Any, minilm: Loaded) -> None:
+    refused(f"look: this model reads texts, and this is a {type(given).__name__}: give a str, or ids", minilm, given)
+
+
+def test_a_stack_counts_positions_without_what_its_mask_hides() -> None:
+    x, valid = torch.randn(1, 5, 32), torch.tensor([[False, False, True, True, True]])
+    stack = decoder().stack
+    found = look(stack, x, mask=Mask(causal=True, valid=valid))
+    assert found.seen[0].pos[0, 2:].tolist() == [0, 1, 2]
+    assert torch.equal(found.output, look(stack, x, valid=valid, mask=Mask(causal=True)).output)
+
+
 def test_one_token_is_enough(minilm: Loaded) -> None:
     net = decoder()
     found = look(net, torch.tensor([[7]]))

@@ -16,7 +16,8 @@ from shell import Headway
 from tiny import ARCHITECTURES
 
 from headway import look, models
-from headway.probe.record import Record, figures
+from headway.commands.look import _json
+from headway.probe.record import Record, figures, largest
 from headway.probe.show import record_of
 
 UNUSUAL: dict[str, Any] = {
@@ -87,6 +88,29 @@ def test_what_forms_no_weights_shows_what_it_implies_or_who_influences_whom() ->
     whole = record.maps.map(1, 0)
     np.testing.assert_allclose(record.maps.blocks(1, 0, 7)[0, 0], whole.mean(), rtol=1e-5)
     assert np.abs(record.maps.top(1, 0, 1)[1][:, 0]).tolist() == pytest.approx(np.abs(whole).max(1).tolist())
+
+
+def test_padding_influences_nothing_and_is_on_the_page() -> None:
+    net, valid = models.build(UNUSUAL).eval(), torch.tensor([[False, False, True, True, True, True], [True] * 6])
+    found = look(net, torch.randint(0, 20, (2, 6)), valid=valid)
+    shown = record_of(found, "ids").maps.map(0, 0)
+    np.testing.assert_allclose(shown[2:, 2:], found.influence(0).map.numpy(), rtol=1e-5)
+    assert shown.shape == (6, 6) and not shown[:2].any() and not shown[:, :2].any()
+
+
+def test_the_largest_of_a_row_are_in_order_and_equal_ones_by_column() -> None:
+    weights = np.random.default_rng(0).integers(-4, 5, (600, 30)).astype(np.float32)
+    for k in (1, 7, 30):
+        at, values = largest(weights, k)
+        expected = np.sort(-np.abs(weights), 1)[:, :k]
+        np.testing.assert_array_equal(-np.abs(values), expected)
+        np.testing.assert_array_equal(np.take_along_axis(weights, at, 1), values)
+        assert all(len(set(row)) == k for row in at.tolist())
+
+
+def test_figures_that_are_no_numbers_are_one_line() -> None:
+    with pytest.raises(ValueError, match="look: some figures are no numbers"):
+        _json({"error": float("nan")})
 
 
 def test_an_alignment_is_of_what_is_written() -> None:

@@ -53,11 +53,20 @@ def look(
         from headway.probe.record import figures
         from headway.store import write_text
 
-        write_text(json_file, json.dumps(figures(record), separators=(",", ":")))
+        write_text(json_file, _json(figures(record)))
         typer.echo(f"Figures: {json_file}")
 
 
 COMMANDS = [look]
+
+
+def _json(told: dict[str, Any]) -> str:
+    try:
+        return json.dumps(told, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        raise ValueError(
+            "look: some figures are no numbers, and JSON has no word for them: try --dtype float32"
+        ) from None
 
 
 def _record(loaded: Loaded, name: str, text: str | None, second: str | None, image: Path | None) -> Record:

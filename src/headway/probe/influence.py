@@ -171,6 +171,9 @@ def _norms(
         raise ValueError(
             f"influence: rows={rows} of {queries} outputs, probes={probes}, block={block}: one or more each"
         )
+    if probes == "exact" or (probes is None and len(wanted) <= EXACT):
+        with torch.no_grad():
+            channels = outputs(x).shape[2]  # the outputs', which a mixer by itself may have more of than inputs
     exact = probes == "exact" or (probes is None and len(wanted) * channels <= EXACT)
     each = channels if exact else PROBES if not isinstance(probes, int) else probes
     if not exact:

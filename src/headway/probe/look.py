@@ -44,6 +44,8 @@ def look(
     reads tensors. second: the other text of a pair, or what an encoder-decoder writes (default: its own answer; for a
     bare one, ids). image: the picture beside a text, of two towers. valid, mask: as the model's `forward` takes them;
     without a mask, tokens are global as the task of the only head, or writing, has it (`Facts.globals`).
+    It keeps what entered every layer, layers x rows x tokens x width numbers: 1.1 GiB of 16,384 tokens in SmolLM2-135M
+    (30 layers of 576, float32).
     ValueError where the input is empty, is not what the model reads or is longer than it takes, or where NaN comes out.
     """
     return Look(read(model, inputs, second, image, valid, mask), model)
@@ -52,9 +54,10 @@ def look(
 class Look:
     """One run of a model.
 
-    output: what the model's `forward` gives: the last hidden states, an encoder-decoder's logits, two towers' scores.
-    tokens: by side ("source", "target", or a tower's name), a label for each token of the first row. `labels` has the
-    other rows. written: of an encoder-decoder, what it wrote behind each token of "target". places: its mixers.
+    output: what the model's `forward` gives: the last hidden states, an encoder-decoder's logits, two towers' scores;
+    to the bit that of a run without gradients. tokens: by side ("source", "target", or a tower's name), a label for
+    each token of the first row. `labels` has the other rows. written: of an encoder-decoder, what it wrote behind each
+    token of "target". places: its mixers.
     """
 
     def __init__(self, reading: Reading, model: Loaded | nn.Module) -> None:

@@ -135,7 +135,9 @@ def _given(loaded: Loaded | None, inputs: Any, second: str | None, valid: Tensor
         return Inputs(inputs, valid, None) if loaded is None else loaded._given(inputs, valid)
     if loaded is None:
         raise ValueError("look: a bare module reads tensors: give ids, or a model that headway.load gave for texts")
-    texts = [_checked(text) for text in ([inputs] if isinstance(inputs, str) else list(inputs))]
+    texts = [
+        _checked(text) for text in ([inputs] if isinstance(inputs, str) or not isinstance(inputs, Sequence) else inputs)
+    ]
     pairs = None if second is None else [_checked(second)]
     if pairs is not None and len(texts) > 1:
         raise ValueError(f"look: a second text is for one first text, not for {len(texts)}")
@@ -294,10 +296,12 @@ def _tensors(net: nn.Module, inputs: Any, valid: Tensor | None, mask: Mask | Non
         return Reading(net, partial(net, *given), {} if rows is None else {"source": _numbers(rows)})
     if not isinstance(inputs, Tensor) or inputs.ndim != 3:
         raise ValueError("look: a stack, block or mixer reads vectors, a tensor (rows, tokens, width)")
-    own = Mask(valid=valid) if valid is not None else FULL
-    pos = positions_of(valid, inputs.shape[0], inputs.shape[1], inputs.device)
-    run = partial(net, inputs, mask=own if mask is None else own & mask, pos=pos)
-    return Reading(net, run, {"source": _numbers(inputs)}, valid={"source": valid})
+    own = FULL if valid is None else Mask(valid=valid)
+    own = own if mask is None else own & mask
+    pos = positions_of(own.valid, inputs.shape[0], inputs.shape[1], inputs.device)
+    return Reading(
+        net, partial(net, inputs, mask=own, pos=pos), {"source": _numbers(inputs)}, valid={"source": own.valid}
+    )
 
 
 def _numbers(t: Tensor) -> list[list[str]]:

@@ -17,6 +17,7 @@ from msgspec import to_builtins
 from headway.spec import Strict
 
 Array = np.ndarray
+TILE = 256  # rows
 
 
 class Side(Strict, frozen=True, kw_only=True):
@@ -108,12 +109,24 @@ class Arrays:
         return self.places[place][head]
 
     def top(self, place: int, head: int, k: int) -> tuple[Integer[Array, "T k"], Float[Array, "T k"]]:
-        weights = self.places[place][head]
-        columns = np.argsort(-np.abs(weights), axis=1, kind="stable")[:, :k]
-        return columns, np.take_along_axis(weights, columns, 1)
+        return largest(self.places[place][head], k)
 
     def blocks(self, place: int, head: int, size: int) -> Float[Array, "t s"]:
         return block_means(self.places[place][head], size)
+
+
+def largest(weights: Float[Array, "T S"], k: int) -> tuple[Integer[Array, "T k"], Float[Array, "T k"]]:
+    """The columns of the `k` entries of each row that are furthest from zero, and the entries, largest first."""
+    found = [_some_largest(weights[start : start + TILE], k) for start in range(0, len(weights), TILE)]
+    columns = np.concatenate(found)
+    return columns, np.take_along_axis(weights, columns, 1)
+
+
+def _some_largest(weights: Float[Array, "T S"], k: int) -> Integer[Array, "T k"]:
+    size = -np.abs(weights)
+    some = np.argpartition(size, k - 1, axis=1)[:, :k]
+    some.sort(axis=1)  # of equal entries the first column leads
+    return np.take_along_axis(some, np.argsort(np.take_along_axis(size, some, 1), axis=1, kind="stable"), 1)
 
 
 def block_means(weights: Float[Array, "T S"], size: int) -> Float[Array, "t s"]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
@@ -203,9 +204,14 @@ def _implied(look: Look, place: Seen, numbers: dict[str, int]) -> Shown:
 
 def _influence(look: Look, place: Seen, numbers: dict[str, int]) -> Shown:
     found = look.influence(place.layer, stack=place.stack, of=place.keys)
-    count = len(look.tokens[place.queries])
+    seen = look.at(place.layer, stack=place.stack, slot=place.slot)
     together = f"; {found.block} neighbouring tokens are told as one" if found.block > 1 else ""
-    weights = found.map.repeat_interleave(found.block, 0)[:count]
+    rows = columns = (seen.pos[0] >= 0).nonzero()[:, 0]  # padding, which influence leaves out, has zeros
+    if seen.context is not None:
+        valid = seen.mask.of(0).valid
+        columns = torch.arange(seen.context.shape[1]) if valid is None else valid[0].nonzero()[:, 0]
+    weights = found.map.new_zeros(len(look.tokens[place.queries]), len(look.tokens[place.keys]))
+    weights[rows[:, None], columns.to(rows)] = found.map.repeat_interleave(found.block, 0)[: len(rows)]
     one = _place(place, numbers, heads=1, note=INFLUENCE + together, share=False)
     return _single(one, weights)
 
