@@ -15,7 +15,7 @@ from headway.mask import Mask
 from headway.mixers.linformer import Linformer, from_package
 from headway.positions import Alibi, Positions, positions_of
 from headway.spec import StackSpec, convert
-from headway.store import read_folder, restore_model, write_folder
+from headway.store import read_folder, write_folder
 from headway.testing import check_mixer
 
 SHARING = ["none", "headwise", "key-value", "layerwise"]
@@ -152,7 +152,7 @@ def test_layers_of_another_size_or_slot_share_nothing() -> None:
 def test_a_shared_matrix_survives_storing(tmp_path: Path) -> None:
     built, other = (stack({"mixer": LAYERWISE, "feedforward": {"hidden": 8}}, repeat=2) for _ in range(2))
     write_folder(tmp_path / "model", {"model": built.state_dict()}, {})
-    restore_model(other, read_folder(tmp_path / "model")[0]["model"], tmp_path)
+    other.load_state_dict(read_folder(tmp_path / "model")[0]["model"])
     x, pos = torch.randn(2, 5, WIDTH), torch.arange(5).expand(2, -1)
     torch.testing.assert_close(other(x, mask=Mask(), pos=pos), built(x, mask=Mask(), pos=pos), atol=0, rtol=0)
     assert matrices(other)[0] is matrices(other)[1]

@@ -108,10 +108,12 @@ def test_flops_are_six_a_parameter_and_token_and_attention_besides() -> None:
 
 
 def test_what_is_cut_is_shared_and_what_is_whole_is_not() -> None:
-    one, whole, cut = planned(1), planned(4), planned(4, parallel="fsdp")
+    one, whole, cut, each = planned(1), planned(4), planned(4, parallel="fsdp"), planned(8, parallel="fsdp")
     assert whole.memory == one.memory
-    for part in ("weights", "gradients", "optimizer"):
+    for part in ("weights", "optimizer"):
         assert cut.memory[part] == one.memory[part] // 4
+    # kept whole from one micro-batch to the next; with one each, they are cut as they come
+    assert cut.memory["gradients"] == one.memory["gradients"] == 8 * each.memory["gradients"]
     assert cut.memory["activations"] == one.memory["activations"] and cut.memory["gathered"] > 0
     assert one.bytes_exchanged == 0 and cut.bytes_exchanged > whole.bytes_exchanged > 0
 

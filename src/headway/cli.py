@@ -285,7 +285,7 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        if not _silent():
+        if not _silent() or type(error).__name__ == "OfRank":
             typer.echo(f"headway: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -235,6 +235,12 @@ def read_image(source: Any, name: str = "picture") -> PIL.Image.Image:
             return _upright_rgb(opened)
 
 
+def check_file(path: Path) -> None:
+    """Refuses a file that is no picture, or not one of a sane size, as `read_image` does, by its header alone."""
+    with _reading(str(path)), _file(path) as file, _open(file):
+        pass
+
+
 def pixels(images: Sequence[Any], spec: ImageSpec) -> Float[Tensor, "B 3 H W"]:
     """The pictures (whatever `read_image` reads) as a checkpoint wants them, bit for bit what its own processor gives.
 

@@ -153,12 +153,6 @@ def sweep(folder: Path) -> None:
             part.unlink(missing_ok=True)
 
 
-def restore_model(model: nn.Module, tensors: dict[str, Tensor], where: Path) -> None:
-    """Loads strictly: a missing, unexpected or misshapen tensor is an error that names it."""
-    check_fit(model, tensors, where)
-    model.load_state_dict(tensors)
-
-
 def shapes_of(tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
     """The shapes of tensors, without reading those of a mapping that knows them (`shapes`)."""
     known = getattr(tensors, "shapes", None)

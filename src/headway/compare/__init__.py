@@ -23,6 +23,7 @@ from headway.store import write_text
 from headway.text import BOS, EOS
 from headway.train import Watch, check_run, open_run, rehearse, run_entry
 from headway.train.data import Prepared, narrowed, prepare
+from headway.train.ranks import Ranks
 
 SAMPLES = 12
 ALIGNED = 4
@@ -48,8 +49,14 @@ def compare(
     from headway.compare.plain import write_plain  # jinja2 is an extra: better to miss it before hours of training
     from headway.compare.report import write_report
 
-    for name in read.models:
+    if Ranks().size > 1:
+        raise ValueError("headway compare trains in one process: start it without torchrun, or train models one by one")
+    for name, entry in read.models.items():
         safe_name(name)
+        if "load" in entry.model:
+            raise ValueError(
+                f"models.{name}: a comparison trains models anew; go on from a checkpoint by headway train"
+            )
     folder = Path(out or Path("runs") / safe_name(read.name))
     check_run(folder, read, resume=resume, overwrite=overwrite)
     note(f"reading {read.data.source} and training its tokenizers")
@@ -61,7 +68,7 @@ def compare(
         rehearse(read, entry, parts[name])
     open_run(folder, read, overwrite=overwrite)
     results = _head(read, prepared, _command(recipe, overrides))
-    pairs = prepared.objective.KINDS == ("seq2seq",)
+    pairs = prepared.objective.METRIC[0] == "wer"
     inputs = _samples(prepared, read) if pairs else []
     for name, entry in read.models.items():
         result = run_entry(
@@ -97,7 +104,7 @@ def _head(recipe: Recipe, prepared: Prepared, command: str) -> dict[str, Any]:
             **roles,
             "train": len(splits.train),
             "valid": len(splits.valid),
-            "test": len(references(splits.test)) if objective.KINDS == ("seq2seq",) else len(tested),
+            "test": len(references(splits.test)) if objective.METRIC[0] == "wer" else len(tested),
         },
         "objective": recipe.objective.get("name", "seq2seq"),
         "metric": {"name": objective.METRIC[0], "lower": objective.METRIC[1]},

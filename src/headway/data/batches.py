@@ -44,6 +44,9 @@ class Order(Protocol):
     def batch(self, step: int) -> Any:
         """The batch of this number, counted from 0."""
 
+    def longest(self) -> Any:
+        """A batch that holds the longest example, and little else."""
+
 
 def padded(rows: Sequence[Sequence[Any] | np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
     """`Int[B T]`, filled up on the right, and `Bool[B T]`, false where it was."""
@@ -79,6 +82,7 @@ class Batches:
         _check(examples, seed)
         self._examples, self._seed, self._collate = examples, seed, collate
         needs = sizes.sum(1)
+        self._longest = int(needs.argmax())
         if needs.max() > tokens:
             worst = int(needs.argmax())
             raise ValueError(
@@ -101,6 +105,10 @@ class Batches:
             self._epoch = (epoch, self._arrange(epoch))
         chosen = [self._examples[int(i)] for i in self._epoch[1][index]]
         return self._collate(chosen, np.random.default_rng([self._seed, step, 1]))
+
+    def longest(self) -> Any:
+        """The longest example by itself."""
+        return self._collate([self._examples[self._longest]], np.random.default_rng([self._seed, 2]))
 
     def _arrange(self, epoch: int) -> list[np.ndarray]:
         """The batches of an epoch, as indices into the examples."""
@@ -147,6 +155,11 @@ class Packed:
         chosen = self._epoch[1][index * self._per_batch : (index + 1) * self._per_batch]
         rows = [[self._examples[i] for i in self._rows[row]] for row in chosen]
         return self._collate(rows, np.random.default_rng([self._seed, step, 1]))
+
+    def longest(self) -> Any:
+        """The row that holds the longest example: rows are filled longest first."""
+        row = [self._examples[i] for i in self._rows[0]]
+        return self._collate([row], np.random.default_rng([self._seed, 2]))
 
 
 def _check(examples: Sequence[Example], seed: int) -> None:

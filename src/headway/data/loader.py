@@ -61,7 +61,10 @@ class Stream:
 
     def __next__(self) -> Any:
         if self._ahead is not None:
-            return next(self._ahead)
+            try:
+                return next(self._ahead)
+            except ValueError as error:  # as the worker's traceback, whose last line says it
+                raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
         found = self._order.batch(self._next)
         self._next += self._stride
         return found

@@ -35,6 +35,7 @@ class Shuffled:
                 f"a batch compares 2 rows or more, of up to {longest} tokens each, and holds batch_tokens={tokens}: "
                 f"raise it to {2 * longest}, or set a lower max_tokens"
             )
+        self._longest = int(sizes.sum(1).argmax())
         self._count = -(-len(examples) // (tokens // longest))
         self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
 
@@ -49,3 +50,8 @@ class Shuffled:
             self._epoch = (epoch, np.array_split(order, self._count))
         chosen = [self._examples[int(i)] for i in self._epoch[1][index]]
         return self._collate(chosen, np.random.default_rng([self._seed, step, 1]))
+
+    def longest(self) -> Any:
+        """The longest example beside another one."""
+        pair = [self._examples[self._longest], self._examples[self._longest - 1]]
+        return self._collate(pair, np.random.default_rng([self._seed, 2]))

@@ -143,6 +143,8 @@ def _source(spec: DataSpec, roles: Sequence[str], notes: list[str]) -> Iterable[
     takes_stress = known is not None and "keep_stress" in inspect.signature(known.rows).parameters
     if spec.keep_stress and not takes_stress:
         raise ValueError(f"keep_stress is for the source 'cmudict' only, not for {spec.source!r}: leave it out")
+    if known is not None and spec.unit:
+        raise ValueError(f"data.unit cuts plain texts, and the rows of {spec.source!r} are cut: leave it out")
     if known is None:
         return _read(spec.source, spec, roles, notes)
     # of a built-in set, each role has its own column: {"input": "word"}
@@ -194,6 +196,8 @@ def _read(pattern: str, spec: DataSpec, roles: Sequence[str], notes: list[str]) 
         return
     files = _files(pattern)
     plain = [path for path in files if reader(path) is None]
+    if spec.unit and not plain:
+        raise ValueError(f"data.unit cuts plain texts, and {pattern} holds tables, whose rows are cut: leave it out")
     unit = spec.unit or ("file" if len(plain) >= FILES else "paragraph")
     if plain and spec.unit is None:
         notes.append(f"{pattern}: each {unit} of {len(plain)} plain texts is a row (data.unit)")

@@ -56,15 +56,14 @@ class Base:
 
     KINDS: the models it trains. COLUMNS: the columns it reads (fields of `data` in a recipe) and what reads each:
     "source" and "target" tokenizers, "label" (one of the classes), "image", or "plain". EXTRA: tokens that a tokenizer
-    trained for it has besides. HEAD: the head whose outputs are sized to the vocabulary or the classes. METRIC: what
-    ranks models that are compared, and whether lower is better.
+    trained for it has besides. METRIC: what ranks models that are compared, and whether lower is
+    better.
     An objective that wraps another takes these from it.
     """
 
     KINDS: tuple[str, ...] = ()
     COLUMNS: dict[str, str] = {"text": "source"}
     EXTRA: tuple[str, ...] = ()
-    HEAD: str | None = None
     METRIC: tuple[str, bool] = ("valid_loss", True)
 
     def columns(self) -> dict[str, str]:
@@ -129,7 +128,7 @@ class Base:
 
     @torch.no_grad()
     def rehearse(self, net: nn.Module, batch: Any, tools: Tools) -> None:
-        """Shows a new model the largest batch it may meet, so that a mistake costs a second and no training."""
+        """Shows a new model the longest example it may meet, so that a mistake costs a second and no training."""
         self(net, batch)
 
     def score(self, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Score:

@@ -12,14 +12,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from headway.image import ImageSpec, levels, pixels
+from headway.image import ImageSpec, check_file, levels, pixels
+from headway.objectives import Unfit
 
 
 def stored(picture: Any) -> list[int]:
     """A picture as integers: height, width, channels, then its values 0 to 255; or 0, then the bytes of its path."""
     if isinstance(picture, str | os.PathLike):
-        if not Path(picture).is_file():
-            raise ValueError(f"{picture}: no such picture")
+        try:
+            check_file(Path(picture))  # before anything is trained on it
+        except ValueError as fault:
+            raise Unfit(str(fault)) from None
         return [0, *os.fsencode(picture)]
     array = np.asarray(picture)
     if array.dtype != np.uint8 or array.ndim not in (2, 3):

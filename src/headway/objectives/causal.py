@@ -79,8 +79,13 @@ class Objective(Base):
 
     def baseline(self, train: Sequence[Values], rows: Sequence[Values], recipe: Recipe) -> dict[str, Any]:
         """Bits per byte of xz, and of zstd where zstandard is installed, which have read the training text before."""
-        known, text = ("".join(row[0] for row in part).encode() for part in (train, rows))
-        return compressed(known[-KNOWN:], text)
+        known, size = [], 0
+        for i in range(len(train) - 1, -1, -1):  # from the end, as far as a compressor's window reaches back
+            if size >= KNOWN:
+                break
+            known.append(train[i][0].encode())
+            size += len(known[-1])
+        return compressed(b"".join(reversed(known))[-KNOWN:], "".join(row[0] for row in rows).encode())
 
 
 KNOWN = 2**25  # bytes of training text that a compressor may have read; the windows of both reach that far

@@ -43,7 +43,7 @@ class Objective(Base):
         self.teacher = hub.load(teacher)
         self.temperature, self.alpha = temperature, alpha
         self.KINDS, self.COLUMNS, self.EXTRA = self.inner.KINDS, self.inner.COLUMNS, self.inner.EXTRA
-        self.HEAD = self.inner.HEAD
+        self.METRIC = self.inner.METRIC
         if self.teacher.kind not in self.KINDS:
             raise ValueError(
                 f"{teacher}: is a {self.teacher.kind}, and this objective asks a {' or '.join(self.KINDS)}"

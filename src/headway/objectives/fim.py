@@ -91,7 +91,7 @@ class Objective(causal.Objective):
             made = [*begin, *self.ordered(before, middle, after, bool(order < self.spm))]
             if len(made) <= self.room:
                 return made
-        return [*begin, *ids, *([self.tools.end] if last or not begin else [])]
+        return [*begin, *ids, *([self.tools.end] if last or len(begin) + len(ids) < 2 else [])]
 
     def ordered(self, before: list[int], middle: list[int], after: list[int], spm: bool = False) -> list[int]:
         """The three parts behind their marks, and the end."""

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from headway import recipe as recipes
+from headway.data.sources import fewer
 from headway.hub import Loaded, safe_name
 from headway.machine import Peak, hardware, versions
 from headway.recipe import Entry, Recipe
@@ -18,9 +19,9 @@ from headway.store import read_json, sweep, write_text
 from headway.train.card import card_of
 from headway.train.data import Prepared, prepare
 from headway.train.loop import Interrupted, Status, Trainer
-from headway.train.network import network, spec_of
+from headway.train.network import network, refuse_redraw, spec_of
 from headway.train.optim import build_optimizers
-from headway.train.ranks import Ranks
+from headway.train.ranks import OfRank, Ranks
 
 __all__ = ["Interrupted", "Status", "check_run", "open_run", "rehearse", "run_entry", "train"]
 
@@ -58,7 +59,12 @@ def train(
         if ranks.first:
             open_run(folder, read, overwrite=overwrite)
         ranks.wait()
-        return run_entry(read, "model", entry, prepared, folder, resume=resume, watch=watch, ranks=ranks, note=note)
+        try:
+            return run_entry(read, "model", entry, prepared, folder, resume=resume, watch=watch, ranks=ranks, note=note)
+        except ValueError as error:
+            if ranks.first:
+                raise
+            raise OfRank(f"rank {ranks.rank}: {error}") from None
 
 
 def _check_ranks(recipe: Recipe, ranks: int) -> None:
@@ -89,6 +95,9 @@ def check_run(folder: Path, recipe: Recipe, *, resume: bool, overwrite: bool) ->
 def open_run(folder: Path, recipe: Recipe, *, overwrite: bool) -> None:
     """The folder of a run that `check_run` allowed: an old one goes only now, when the new one is known to train."""
     if overwrite and (folder / "recipe.json").is_file():
+        if strangers := sorted(path.name for path in folder.iterdir() if not _of_a_run(path)):
+            raise ValueError(f"{folder}: holds {strangers[0]}, which no run wrote, so nothing is removed; choose "
+                             "another --out, or move it away")  # fmt: skip
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +105,25 @@ def open_run(folder: Path, recipe: Recipe, *, overwrite: bool) -> None:
         raise ValueError(f"{folder}: cannot be the folder of a run ({error.strerror}); choose another --out") from None
     sweep(folder)
     write_text(folder / "recipe.json", json.dumps(_record(recipe), indent=1))
+
+
+WRITTEN = {
+    "recipe.json",
+    "card.json",
+    "log.jsonl",
+    "result.json",
+    "results.json",
+    "report.html",
+    "model",
+    "checkpoints",
+}
+
+
+def _of_a_run(path: Path) -> bool:
+    """Whether a run wrote it: by its name, or, a model of a comparison, by what is in it."""
+    if path.name in WRITTEN or path.suffix == ".part" or path.name.startswith("stopped-step-"):
+        return True
+    return path.is_dir() and all(_of_a_run(inner) for inner in path.iterdir())
 
 
 def _record(recipe: Recipe) -> dict[str, Any]:
@@ -106,8 +134,11 @@ def _record(recipe: Recipe) -> dict[str, Any]:
 def rehearse(recipe: Recipe, entry: Entry, prepared: Prepared) -> None:
     """Builds a model and shows it the longest it may meet: a mistake costs a second and no training."""
     net = network(spec_of(entry.model, prepared), prepared.tools)
-    build_optimizers(net, entry.optimizer or recipe.optimizer)
-    prepared.objective.rehearse(net, prepared.batches.batch(0), prepared.tools)
+    optimizer = entry.optimizer or recipe.optimizer
+    build_optimizers(net, optimizer)
+    refuse_redraw(net, recipe, optimizer)
+    for order in (prepared.batches, prepared.valid):
+        prepared.objective.rehearse(net, order.longest(), prepared.tools)
 
 
 def run_entry(
@@ -145,12 +176,16 @@ def run_entry(
         write_text(folder / "card.json", json.dumps(card_of(recipe, trainer, prepared.fingerprint), indent=1))
     model = trainer.fit()
     memory = peak.bytes
+    if ranks.first:
+        model.save(folder / "model")  # before it is measured, which may fail
     valid_loss = trainer.valid_loss(prepared.valid)
     model.net.eval()
     if not ranks.first:
         ranks.wait()
         return read_json(done, dict)
     held_out = prepared.splits.test or prepared.splits.valid
+    if prepared.objective.METRIC[0] != "wer":  # which takes so many inputs, each with all that is listed for it
+        held_out = fewer(held_out, recipe.test_limit)
     metrics, scored = prepared.objective.score(model, held_out, prepared.tools, recipe)
     metrics = {**metrics, **prepared.objective.baseline(prepared.splits.train, held_out, recipe)}
     progress = trainer.progress
@@ -174,7 +209,6 @@ def run_entry(
         "versions": versions(),
         **after(model, scored),
     }
-    model.save(folder / "model")
     write_text(done, json.dumps(result, indent=1))
     ranks.wait()
     return result

@@ -93,7 +93,8 @@ def set_aside(path: Path) -> Path:
 def prune(folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints, and what a crash left unfinished."""
     for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        # renamed first: half removed, it would be taken for a damaged one
+        old.rename(old.with_name(f".{old.name}.part"))
     sweep(folder)
 
 

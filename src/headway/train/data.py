@@ -14,11 +14,12 @@ import numpy as np
 from headway import hub, objectives
 from headway.data.batches import Order
 from headway.data.examples import Examples
+from headway.data.rows import Rows
 from headway.data.sources import Splits, Values, fewer, load_splits
 from headway.objectives import Base, Unfit, _tools
 from headway.objectives._pictures import spec_for
 from headway.objectives._tools import Tools
-from headway.recipe import Recipe
+from headway.recipe import Recipe, Sides
 
 VALID_ROWS = 1000  # for the points of a learning curve; the figure at the end takes all
 
@@ -55,8 +56,9 @@ def prepare(recipe: Recipe) -> Prepared:
     )
     objective.ready(tools)
     encode = partial(_encode, recipe, splits, objective, tools)
-    train, valid = encode(splits.train), encode(splits.valid)
-    encode(splits.test)  # a row that does not fit is refused before training
+    (train, _), (valid, told) = encode(splits.train), encode(splits.valid)
+    _, asked = encode(splits.test)  # a row that does not fit is refused before training
+    splits = replace(splits, valid=told, test=asked)  # what is measured is what the model takes
     for part, examples in (("train", train), ("valid", valid)):
         if not len(examples):
             raise ValueError(
@@ -81,7 +83,7 @@ def narrowed(recipe: Recipe, prepared: Prepared, count: int | None) -> Prepared:
     if count is None:
         return prepared
     splits = replace(prepared.splits, train=fewer(prepared.splits.train, count))
-    train = _encode(recipe, splits, prepared.objective, prepared.tools, splits.train)
+    train, _ = _encode(recipe, splits, prepared.objective, prepared.tools, splits.train)
     record = f"{prepared.fingerprint} {train.fingerprint()}"
     return replace(
         prepared,
@@ -111,22 +113,28 @@ def _start(recipe: Recipe) -> hub.Loaded | None:
         raise ValueError(
             f"model.{unknown[0]}: a model that is loaded has its own spec; beside load, only heads is told"
         )
+    if recipe.tokenizers != Sides():
+        raise ValueError("tokenizers: a model that is loaded brings its own; leave them out beside model.load")
     return hub.load(recipe.model["load"], device="cpu")
 
 
-def _encode(recipe: Recipe, splits: Splits, objective: Base, tools: Tools, rows: Sequence[Values]) -> Examples:
-    found, unfit = Examples(), 0
-    for row in rows:
+def _encode(
+    recipe: Recipe, splits: Splits, objective: Base, tools: Tools, rows: Sequence[Values]
+) -> tuple[Examples, Sequence[Values]]:
+    """The examples of rows, and the rows that have any."""
+    found, unfit = Examples(), set()
+    for number, row in enumerate(rows):
         try:
             for example in objective.encode(row, tools):
                 found.append(example)
         except Unfit as reason:
             if recipe.data.bad_rows == "refuse":
                 raise ValueError(f"{recipe.data.source}: {reason}, or set data.bad_rows=skip") from None
-            unfit += 1
-    if unfit:
-        splits.notes.append(f"{recipe.data.source}: {unfit} rows do not fit max_tokens={recipe.max_tokens}: skipped")
-    return found
+            unfit.add(number)
+    if not unfit:
+        return found, rows
+    splits.notes.append(f"{recipe.data.source}: {len(unfit)} rows cannot be used by this model: skipped")
+    return found, Rows(row for number, row in enumerate(rows) if number not in unfit).rows
 
 
 def _order(recipe: Recipe, objective: Base, examples: Examples) -> Order:

@@ -101,9 +101,10 @@ class Trainer:
         """Trains to the end of the budget and returns the best model seen, by validation loss."""
         self.model.train()
         self.net.train()
-        self.flops_per_token = watching.flops_per_token(
-            self.objective, self.model, self.prepared.batches.batch(self.ranks.rank).to(self.device)
-        )
+        with told() if self.recipe.compile else nullcontext():
+            self.flops_per_token = watching.flops_per_token(
+                self.objective, self.model, self.prepared.batches.batch(self.ranks.rank).to(self.device)
+            )
         saved = time.monotonic()
         with _listening() as asked, self._stream() as self.stream:
             while self._fraction() < 1.0:
@@ -130,9 +131,12 @@ class Trainer:
         recompute.keep_all(self.model)
         if self.ranks.size == 1:
             return self.model
-        net, best = network(self.spec, self.prepared.tools).to(self.device), whole(self.best)
+        best = whole(self.best, self.ranks.first)
+        if not self.ranks.first:
+            return self.model
+        net = network(self.spec, self.prepared.tools)
         net.load_state_dict(best)
-        return net
+        return net.to(self.device)
 
     def _stream(self) -> Stream:
         """The batches from this step on; a step takes `accumulate` of them, dealt out to the ranks in turn."""
@@ -208,9 +212,8 @@ class Trainer:
         spent, fraction = self.progress.seconds, self._fraction()
         left = spent / fraction - spent if fraction else math.inf
         speed = self.progress.tokens / max(spent, 1e-9)
-        return Status(
-            self.progress.step, fraction, self.progress.loss, speed, left, speed * self.flops_per_token, self.bf16
-        )
+        flops = speed * self.flops_per_token / self.ranks.size  # of each
+        return Status(self.progress.step, fraction, self.progress.loss, speed, left, flops, self.bf16)
 
     def _evaluate(self) -> None:
         """One point of the learning curve; the best weights so far are kept."""
@@ -250,12 +253,13 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this very step, and the log up to it."""
-        tensors = {
-            "model": whole(self.model.state_dict()),
-            "best": whole(self.best),
-            "optimizer": whole(checkpoint.optimizer_tensors(self.optimizers)),
-            **({"average": whole(self.average.tensors)} if self.average else {}),
+        held = {
+            "model": self.model.state_dict(),
+            "best": self.best,
+            "optimizer": checkpoint.optimizer_tensors(self.optimizers),
+            **({"average": self.average.tensors} if self.average else {}),
         }
+        tensors = {name: whole(part, self.ranks.first) for name, part in held.items()}
         if self.ranks.first:
             self._write(tensors)
         self.ranks.wait()
@@ -327,7 +331,8 @@ def _listening() -> Iterator[list[int]]:
 
     def ask(number: int, frame: Any) -> None:
         asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

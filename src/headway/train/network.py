@@ -10,6 +10,7 @@ from torch import nn
 from headway import hub, models
 from headway.heads import HeadSpec
 from headway.objectives._tools import Tools
+from headway.recipe import OptimizerSpec, Recipe
 from headway.spec import convert
 from headway.train.data import Prepared
 
@@ -30,6 +31,21 @@ def spec_of(model: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
     if new := _new(spec, start):  # which take the place of the checkpoint's own
         spec = {**spec, "heads": new}
     return {"load": model["load"], **spec}
+
+
+def refuse_redraw(model: nn.Module, recipe: Recipe, optimizer: OptimizerSpec) -> None:
+    """Features that are drawn anew as the model runs (Performer) have to be the same throughout a step, on every rank,
+    and in no average of weights."""
+    drawn = any(getattr(module, "redraw", None) for module in model.modules())
+    shared = {
+        "accumulate": recipe.accumulate > 1,
+        "activation_checkpointing": recipe.activation_checkpointing,
+        "optimizer.ema": optimizer.ema > 0,
+        "objective.name=contrastive": recipe.objective.get("name") == "contrastive",
+    }
+    if drawn and any(shared.values()):
+        key = next(key for key, is_on in shared.items() if is_on)
+        raise ValueError(f"performer's redraw changes features between passes that {key} takes for one: leave out one")
 
 
 def network(spec: dict[str, Any], tools: Tools) -> nn.Module:

@@ -83,7 +83,7 @@ def build_optimizers(model: nn.Module, spec: OptimizerSpec) -> list[torch.optim.
     inside = {
         module.weight
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".blocks." in name and spec.name == "muon"
+        if isinstance(module, nn.Linear) and ".blocks." in f".{name}" and spec.name == "muon"
     }
     rest = [p for p in model.parameters() if p.requires_grad and p not in inside]
     groups = [

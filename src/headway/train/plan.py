@@ -23,6 +23,7 @@ from headway.train import recompute
 from headway.train.data import Prepared
 from headway.train.network import spec_of
 from headway.train.optim import build_optimizers
+from headway.train.ranks import alone
 
 GIB = 2**30
 
@@ -52,14 +53,15 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one rank: bytes at its highest moment, by part, and FLOPs. `block` is the largest block's weights."""
+    """One step of one rank: bytes at its highest moment, by part, and FLOPs. `gathered`: weights that are whole at once
+    where ranks cut them."""
 
     parameters: int
     weights: int
     gradients: int
     optimizer: int
     activations: int
-    block: int
+    gathered: int
     flops: int
     tokens: int
 
@@ -167,7 +169,9 @@ def step(recipe: Recipe, prepared: Prepared, parts: int = 1) -> Step:
         weights = sum(p.numel() * p.element_size() for p in net.parameters())
         state = [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
         kept = sum(t.numel() * t.element_size() for t in state)
-        blocks = [sum(p.numel() * 4 for p in m.parameters()) for m in net.modules() if isinstance(m, Block)]
+        sizes = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in alone(net)]
+        # one block computes while the next arrives; what is in no block stays
+        gathered = weights - sum(sizes) + 2 * max(sizes, default=0)
     total = held["Total"]
     return Step(
         parameters=sum(p.numel() for p in net.parameters()),
@@ -175,7 +179,7 @@ def step(recipe: Recipe, prepared: Prepared, parts: int = 1) -> Step:
         gradients=weights,
         optimizer=kept,
         activations=max(0, total - 2 * weights - kept),
-        block=max(blocks, default=0),
+        gathered=gathered,
         flops=counter.get_total_flops() * parts,
         tokens=batch.tokens * parts,
     )
@@ -214,15 +218,18 @@ def _memory(recipe: Recipe, one: Step, gpus: int) -> dict[str, int]:
     cut = gpus if recipe.parallel == "fsdp" else 1
     memory = {
         "weights": one.weights // cut,
-        "gradients": one.gradients // cut,
+        # while the next micro-batch runs, those of the last one are kept whole
+        "gradients": one.gradients // (cut if recipe.accumulate == gpus else 1),
         "optimizer": one.optimizer // cut,
         "best weights kept": one.weights // cut,
         "activations": one.activations,
     }
     if recipe.optimizer.ema:
         memory["average"] = one.weights // cut
+    if recipe.precision == "pure-bf16":
+        memory["bf16 weights and gradients"] = one.weights
     if cut > 1:
-        memory["gathered"] = 2 * one.block  # one block computes while the next arrives
+        memory["gathered"] = one.gathered
     return memory
 
 

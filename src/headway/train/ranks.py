@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -21,6 +22,10 @@ from headway.block import Block
 from headway.positions import Borrowed
 
 Parallel = Literal["ddp", "fsdp"]
+
+
+class OfRank(ValueError):
+    """A fault that one rank alone may know of, so that it speaks for itself."""
 
 
 class Ranks:
@@ -46,7 +51,8 @@ class Ranks:
         if self.size > 1 and not dist.is_initialized():
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # ranks wait while the first one measures the trained model, however long that takes
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(days=7))
             self._group.callback(dist.destroy_process_group)
         return self
 
@@ -82,7 +88,7 @@ class Ranks:
             mesh = init_device_mesh(kind, (self.size, 1), mesh_dim_names=("replicate", "shard"))
         else:
             mesh = init_device_mesh(kind, (self.size,))
-        for block in _alone(model):
+        for block in alone(model):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         for name in ("project", "scores"):  # what a two-tower model is called by, beside forward
@@ -95,9 +101,15 @@ class Ranks:
             model.set_requires_gradient_sync(not hold)  # type: ignore[operator]
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as one process would have them; all ranks must ask together."""
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
+def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """The tensors as one process would have them, one after the other; all ranks must ask together, and those that do
+    not `keep` any hold one at a time. What was shared comes to lie in the CPU's memory."""
+    found = {}
+    for name, t in tensors.items():
+        value = t.full_tensor().cpu() if isinstance(t, DTensor) else t
+        if keep:
+            found[name] = value
+    return found
 
 
 def like(value: Tensor, shared: Tensor) -> Tensor:
@@ -126,7 +138,7 @@ def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict({name: like(tensors[name], own) for name, own in model.state_dict().items()})
 
 
-def _alone(model: nn.Module) -> Sequence[nn.Module]:
+def alone(model: nn.Module) -> Sequence[nn.Module]:
     """The blocks that can be gathered one by one: all of them, unless some read parameters of others."""
     blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, Block)]
     owners: dict[Tensor, int] = {}

@@ -16,9 +16,11 @@ from headway.block import Block
 
 def recompute(model: nn.Module) -> None:
     """Has every block of a model run again on the way back, in place; `keep_all` undoes it."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    if not blocks:
+        raise ValueError("activation_checkpointing runs blocks again, and this model has none: leave it out")
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def keep_all(model: nn.Module) -> None:
