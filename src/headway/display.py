@@ -142,7 +142,7 @@ _COLUMNS = (
 def summary(results: Sequence[dict[str, Any]], phonemes: bool) -> None:
     """What each model reached and cost; for error rates, a second table by length of the input."""
     if "per" not in results[0]:
-        _figures(results)
+        (_figures if len(results) <= WIDE else _figures_by_model)(results)
         return
     best = {key: _best([r[key] for r in results], less) for key, _, _, less in _COLUMNS}
     rows = [[_marked(show(r[key]), i == best[key]) for key, _, show, _ in _COLUMNS] for i, r in enumerate(results)]
@@ -164,6 +164,7 @@ def summary(results: Sequence[dict[str, Any]], phonemes: bool) -> None:
         console.print("* best in its column", style="dim")
 
 
+WIDE = 3  # models that stand side by side in a terminal
 # what is shown of a model that is measured otherwise than by error rates, above its own metrics
 _COST = {
     "parameters": lambda v: f"{v:,}",
@@ -188,6 +189,15 @@ def _figures(results: Sequence[dict[str, Any]]) -> None:
         if all(isinstance(value, int | float) for value in shown):
             table.add_row(name.replace("_", " "), *(f"{value:,.4g}" for value in shown))
     console.print(table)
+
+
+def _figures_by_model(results: Sequence[dict[str, Any]]) -> None:
+    """One line a model, for more of them than stand side by side: its size, its loss, and its own metrics."""
+    numbers = [name for name in results[0]["metrics"] if all(isinstance(r.get(name), int | float) for r in results)]
+    names = ["parameters", "valid_loss", *(name for name in numbers if not name.startswith("test_"))]
+    rows = [[Text(f"{result[name]:,}" if name == "parameters" else f"{result[name]:.4g}") for name in names]
+            for result in results]  # fmt: skip
+    _print("model", [name.replace("_", "\n") for name in names], results, rows)
 
 
 def _print(title: str, headings: Sequence[str], results: Sequence[dict[str, Any]], rows: list[list[Text]]) -> None:
