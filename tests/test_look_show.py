@@ -17,7 +17,8 @@ from tiny import ARCHITECTURES
 
 from headway import look, models
 from headway.commands.look import _json
-from headway.probe.record import Record, figures, largest
+from headway.probe import show
+from headway.probe.record import Record, block_means, figures, largest
 from headway.probe.show import record_of
 
 UNUSUAL: dict[str, Any] = {
@@ -88,6 +89,26 @@ def test_what_forms_no_weights_shows_what_it_implies_or_who_influences_whom() ->
     whole = record.maps.map(1, 0)
     np.testing.assert_allclose(record.maps.blocks(1, 0, 7)[0, 0], whole.mean(), rtol=1e-5)
     assert np.abs(record.maps.top(1, 0, 1)[1][:, 0]).tolist() == pytest.approx(np.abs(whole).max(1).tolist())
+
+
+def test_a_long_implied_map_is_walked_once_for_all_heads_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, heads, count = models.build(UNUSUAL).eval(), 2, 40
+    found = look(net, torch.randint(0, 20, (1, count)))
+    maps, place = [found.implied(1, head).map.numpy() for head in range(heads)], found.places[1]
+    mixer, asked = found.seen[1].mixer, list[slice]()
+    implied = mixer.implied
+    monkeypatch.setattr(
+        mixer, "implied", lambda *given, rows, **named: asked.append(rows) or implied(*given, rows=rows, **named)
+    )
+    monkeypatch.setattr(show, "WALK_BYTES", 4 * heads * count * 6)
+    monkeypatch.setattr("headway.mixers.performer.weights", None)  # the softmax is nobody's business here
+    told = show.Implied(found, place, heads, {})
+    for head, expected in enumerate(maps):
+        np.testing.assert_allclose(told.blocks(0, head, 16), block_means(expected, 16), rtol=1e-4, atol=1e-7)
+        at, weights = told.top(0, head, 3)
+        np.testing.assert_allclose(np.abs(weights), -np.sort(-np.abs(expected), 1)[:, :3], rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(np.take_along_axis(expected, at, 1), weights, rtol=1e-4, atol=1e-7)
+    assert [(rows.start, rows.stop) for rows in asked] == [(i, min(i + 6, count)) for i in range(0, count, 6)]
 
 
 def test_padding_influences_nothing_and_is_on_the_page() -> None:

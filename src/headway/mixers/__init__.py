@@ -43,14 +43,15 @@ class Implied(NamedTuple):
     """What a mixer does that forms no weights, as a map: its output is `finish(map @ values)`.
 
     map: zero where a query does not reach, and at padding. finish: of `Float[B H T V]`, gives `Float[B T C]`. Where no
-    one number weighs a whole token, the map tells sizes alone, and both are None. exact: the softmax of the same
-    queries and keys, beside a map that may come near it. With `rows`, map and exact have those, and the rest is None.
+    one number weighs a whole token, the map tells sizes alone, and both are None. exact: gives the softmax of the
+    same queries and keys, beside a map that may come near it. With `rows`, map and exact have those, and the rest is
+    None.
     """
 
     map: Float[Tensor, "B H R S"]
     values: Float[Tensor, "B H S V"] | None = None
     finish: Callable[[Tensor], Tensor] | None = None
-    exact: Float[Tensor, "B H R S"] | None = None
+    exact: Callable[[], Float[Tensor, "B H R S"]] | None = None
 
 
 class Mixer(nn.Module):

@@ -6,6 +6,7 @@ token). plain: 2006.16236; retention: 2307.08621; gated: 2312.06635; delta: 2412
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -142,13 +143,15 @@ class Linear(Mixer):
 
         size = RUN if mask.causal and mask.segments is None else None
         found = linear_map(mix, x[:, None].expand(-1, self.heads, -1, -1), x.shape[1], rows, size=size)
-        found, exact = without_padding(found, mask, None, rows), None
+        found = without_padding(found, mask, None, rows)
+        exact: Callable[[], Tensor] | None = None
         if rows is not None and self.kind != "plain":
             return Implied(found)
         _, q, k, v, gate = self._entered(x, mask)
         if self.kind == "plain":
             own = rows or slice(None)
-            exact = without_padding(weights(q[:, :, own], k, mask, q_pos=pos[:, own], k_pos=pos), mask, None, rows)
+            shares = lambda: weights(q[:, :, own], k, mask, q_pos=pos[:, own], k_pos=pos)
+            exact = lambda: without_padding(shares(), mask, None, rows)
         return Implied(found, exact=exact) if rows else Implied(found, v, lambda y: self._left(y, gate), exact)
 
     def _plain(

@@ -8,7 +8,7 @@ Whatever scales all features of a query, or one feature of all keys and inversel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -152,9 +152,10 @@ class Performer(Mixer):
 
         size = RUN if context is None and mask.causal else None
         found = linear_map(mix, v, q.shape[2], rows, size=size)
-        found, exact = without_padding(found, mask, context, rows), None
+        found = without_padding(found, mask, context, rows)
+        exact: Callable[[], Tensor] | None = None
         if self.kernel == "softmax":
-            exact = without_padding(weights(q[:, :, own], k, mask, **places), mask, context, rows)
+            exact = lambda: without_padding(weights(q[:, :, own], k, mask, **places), mask, context, rows)
         if rows is not None:
             return Implied(found, exact=exact)
         return Implied(found, v, lambda y: self.out(y.to(v.dtype).transpose(1, 2).flatten(2)), exact)

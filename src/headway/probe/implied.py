@@ -48,8 +48,19 @@ def implied(
     count = found.map.shape[1]
     if not 0 <= head < count:
         raise ValueError(f"implied: no head {head} in layer {layer}, whose maps are 0 to {count - 1}")
-    one, exact = found.map[0, head], None if found.exact is None else found.exact[0, head]
-    return ImpliedMap(one, exact, None if exact is None else float((one - exact).norm() / exact.norm()))
+    exact = None if found.exact is None else found.exact()[0, head]
+    return ImpliedMap(found.map[0, head], exact, None if exact is None else _error(found.map[0, head], exact))
+
+
+def errors_of(found: Implied) -> list[float | None]:
+    """Of each head of the first row, where there is a softmax to compare with."""
+    if found.exact is None:
+        return [None] * found.map.shape[1]
+    return [_error(one, exact) for one, exact in zip(found.map[0], found.exact()[0], strict=True)]
+
+
+def _error(one: Float[Tensor, "R S"], exact: Float[Tensor, "R S"]) -> float:
+    return float((one - exact).norm() / exact.norm())
 
 
 def whole(seen: Seen, row: int, rows: slice | None = None) -> Implied:

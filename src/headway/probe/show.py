@@ -19,16 +19,18 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from headway.probe.capture import Place as Seen
+from headway.probe.capture import Place as MixerPlace
 from headway.probe.flow import MOST
+from headway.probe.implied import errors_of, whole
 from headway.probe.patterns import PATTERNS
-from headway.probe.record import Array, Arrays, Head, Maps, Place, Record, Side, block_means
+from headway.probe.record import Array, Arrays, Head, Maps, Place, Record, Side, largest
 from headway.probe.stacks import bare, entering
 
 if TYPE_CHECKING:
     from headway.probe.look import Look
 
-TILE = 256  # rows
+WALK_BYTES = 2**25  # of an implied map, all its heads, at a time: a mixer lays two or three as large beside it
+KEPT = 8  # of each row's largest, as many as a page shows
 LONGEST_COMPARED = 1024  # tokens up to which an implied map is compared with its softmax as a whole
 PATCH = re.compile(r"r(\d+)c(\d+)")
 ROLLOUT = (
@@ -54,7 +56,7 @@ class Looked:
     """The maps of one place of a look."""
 
     look: Look
-    place: Seen
+    place: MixerPlace
 
     @property
     def where(self) -> dict[str, Any]:
@@ -73,31 +75,67 @@ class Looked:
         return _array(self.look.blocks(head=head, size=size, **self.where)) / np.diff([*range(0, count, size), count])
 
 
+class Told(NamedTuple):
+    """What one walk over the rows of a place found of all its heads: means of blocks, and each row's largest."""
+
+    place: MixerPlace
+    size: int | None
+    means: Float[Array, "H t s"]
+    at: Integer[Array, "H T k"]
+    weights: Float[Array, "H T k"]
+
+
 @dataclass(frozen=True)
 class Implied:
-    """The maps that a mixer without weights implies, asked for some rows at a time where the text is long."""
+    """The maps that a mixer without weights implies, which it gives for all heads at once: of some rows at a time.
+
+    last: what was found of the place that was asked for last, by its kind; the implied places of a record share it.
+    """
 
     look: Look
-    place: Seen
+    place: MixerPlace
+    heads: int
+    last: dict[str, Any]
 
     def map(self, place: int, head: int) -> Float[Array, "T S"]:
-        return _array(self._rows(head, None))
+        if self.last.get("map", (None,))[0] != self.place:
+            self.last.clear()  # its memory is free before more is taken
+            self.last["map"] = (self.place, self._rows(None))
+        return self.last["map"][1][head]
 
     def top(self, place: int, head: int, k: int) -> tuple[Integer[Array, "T k"], Float[Array, "T k"]]:
-        found = [Arrays([part[None]]).top(0, 0, k) for part in self._tiles(head, TILE)]
-        return np.concatenate([at for at, _ in found]), np.concatenate([weights for _, weights in found])
+        told = self._told(None, k)
+        return told.at[head, :, :k], told.weights[head, :, :k]
 
     def blocks(self, place: int, head: int, size: int) -> Float[Array, "t s"]:
-        return np.concatenate([block_means(part, size) for part in self._tiles(head, size)])
+        return self._told(size, min(KEPT, len(self.look.tokens[self.place.keys]))).means[head]
 
-    def _tiles(self, head: int, size: int) -> Iterator[Float[Array, "R S"]]:
-        count = len(self.look.tokens[self.place.queries])
-        for start in range(0, count, size):
-            yield _array(self._rows(head, slice(start, min(start + size, count))))
+    def _told(self, size: int | None, k: int) -> Told:
+        told: Told | None = self.last.get("told")
+        if told is None or told.place != self.place or size not in (None, told.size) or k > told.at.shape[2]:
+            self.last.clear()
+            self.last["told"] = told = self._walk(size, k)
+        return told
 
-    def _rows(self, head: int, rows: slice | None) -> Float[Tensor, "R S"]:
-        where: dict[str, Any] = {"layer": self.place.layer, "stack": self.place.stack, "slot": self.place.slot}
-        return self.look.implied(head=head, rows=rows, **where).map
+    def _walk(self, size: int | None, k: int) -> Told:
+        queries, keys = (len(self.look.tokens[side]) for side in (self.place.queries, self.place.keys))
+        step, edge = max(1, WALK_BYTES // (4 * self.heads * keys)), size or max(queries, keys)
+        starts = [np.arange(0, count, edge) for count in (queries, keys)]
+        sums, found = np.zeros((len(starts[0]), self.heads, len(starts[1]))), []
+        for start in range(0, queries, step):
+            part = self._rows(slice(start, min(start + step, queries)))
+            found.append([largest(one, k) for one in part])
+            by_key = np.add.reduceat(part, starts[1], 2, dtype=np.float64)
+            np.add.at(sums, np.arange(start, start + part.shape[1]) // edge, by_key.swapaxes(0, 1))
+        high, wide = (np.diff([*first, count]) for first, count in zip(starts, (queries, keys), strict=True))
+        at, weights = (
+            np.stack([np.concatenate([part[head][i] for part in found]) for head in range(self.heads)]) for i in (0, 1)
+        )
+        return Told(self.place, size, sums.swapaxes(0, 1) / np.outer(high, wide), at, weights)
+
+    def _rows(self, rows: slice | None) -> Float[Array, "H R S"]:
+        where: dict[str, Any] = {"stack": self.place.stack, "slot": self.place.slot}
+        return whole(self.look.at(self.place.layer, **where), 0, rows).map[0].detach().float().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -173,36 +211,35 @@ def _mixers(look: Look, numbers: dict[str, int]) -> Iterator[Shown]:
     """Every mixer's maps, or those it implies, or else the influence of tokens on one another."""
     seen = [place for place in look.places if place.has_maps]
     found = {(head.stack, head.layer, head.slot, head.head): head for head in look.heads()} if seen else {}
+    last: dict[str, Any] = {}
     for place, mixer in zip(look.places, (one.mixer for one in look.seen), strict=True):
         if place.has_maps:
             heads = [found[place.stack, place.layer, place.slot, head] for head in range(place.heads)]
             kept = [Head(pattern=h.pattern, score=h.score, entropy=h.entropy, distance=h.distance) for h in heads]
             yield Shown(_place(place, numbers), kept, Looked(look, place))
         elif hasattr(mixer, "implied"):
-            yield _implied(look, place, numbers)
+            yield _implied(look, place, numbers, last)
         else:
             yield _influence(look, place, numbers)
 
 
-def _place(place: Seen, numbers: dict[str, int], **more: Any) -> Place:
+def _place(place: MixerPlace, numbers: dict[str, int], **more: Any) -> Place:
     """What a decoder looks at in a source, it does for the sake of what it writes."""
     rows = "written" if place.slot == "cross" and "written" in numbers else place.queries
     where: dict[str, Any] = {"stack": place.stack, "layer": place.layer, "slot": place.slot, "mixer": place.mixer}
     return Place(**{**where, "heads": place.heads, **more}, rows=numbers[rows], columns=numbers[place.keys])
 
 
-def _implied(look: Look, place: Seen, numbers: dict[str, int]) -> Shown:
-    from headway.probe.implied import whole
-
-    where: dict[str, Any] = {"layer": place.layer, "stack": place.stack, "slot": place.slot}
-    count = whole(look.at(**where), 0, slice(0, 1)).map.shape[1]
-    one = _place(place, numbers, heads=count, note=IMPLIED.format(place.mixer), share=False)
+def _implied(look: Look, place: MixerPlace, numbers: dict[str, int], last: dict[str, Any]) -> Shown:
     long = len(look.tokens[place.queries]) > LONGEST_COMPARED
-    errors = [None if long else look.implied(head=head, **where).error for head in range(count)]
-    return Shown(one, [Head(error=error) for error in errors], Implied(look, place))
+    found = whole(look.at(place.layer, stack=place.stack, slot=place.slot), 0, slice(0, 1) if long else None)
+    count = found.map.shape[1]
+    one = _place(place, numbers, heads=count, note=IMPLIED.format(place.mixer), share=False)
+    errors = [None] * count if long else errors_of(found)
+    return Shown(one, [Head(error=error) for error in errors], Implied(look, place, count, last))
 
 
-def _influence(look: Look, place: Seen, numbers: dict[str, int]) -> Shown:
+def _influence(look: Look, place: MixerPlace, numbers: dict[str, int]) -> Shown:
     found = look.influence(place.layer, stack=place.stack, of=place.keys)
     seen = look.at(place.layer, stack=place.stack, slot=place.slot)
     together = f"; {found.block} neighbouring tokens are told as one" if found.block > 1 else ""
