@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from headway import mixers
 from headway.layers import FeedForward
+from headway.mask import Mask
+from headway.positions import Positions
 from headway.quantize import CHUNK, Int8Embedding, Int8Linear, PackedLinear, nbytes, prepare, restore
 from headway.rounding import blockwise, hadamard, round_weight
 from headway.spec import FeedForwardSpec
@@ -293,3 +296,21 @@ def test_a_feed_forward_in_parts_says_what_it_says_at_once(gated: bool) -> None:
         net[0].at_once = None
         assert torch.equal(net(x), together)
         net[0].at_once = CHUNK
+
+
+@pytest.mark.parametrize("name", sorted(set(mixers.names()) - {"summary"}))
+def test_every_mixer_runs_in_int8(name: str) -> None:
+    """What a mixer reads by itself, kernels and projections of positions, stays as it is."""
+    options: dict[str, object] = (
+        {"heads": 4} if name not in ("rnn", "conv", "ssm", "average", "identity", "fourier") else {}
+    )
+    options |= {"length": 512, "rank": 128} if name == "linformer" else {}
+    options |= {"kernel": 257, "depthwise": True} if name == "conv" else {}
+    width = 256
+    mixer = mixers.build({"name": name, **options}, width, Positions()).eval()
+    mask = Mask(causal="causal" in type(mixer).CAN)
+    x, pos = torch.randn(2, 64, width), torch.arange(64).expand(2, -1)
+    with torch.no_grad():
+        right = mixer(x, mask=mask, pos=pos)
+        prepare(mixer, "int8")
+        assert error(mixer(x, mask=mask, pos=pos), right) < 0.05

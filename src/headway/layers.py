@@ -28,6 +28,11 @@ class Scale(nn.Module):
         return x * self.weight
 
 
+class Table(nn.Linear):
+    """A weight that its owner reads as it is, and never calls: kernels by channel, projections of positions. It is
+    initialised as a linear's, and nothing packs it."""
+
+
 class FeedForward(nn.Module):
     """activation(x W) V; gated: (activation(x W) * x U) V (GLU variants, 2002.05202).
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from headway.layers import residual_output
+from headway.layers import Table, residual_output
 from headway.mask import Mask
 from headway.mixers import Cost, Implied, Mixer, without_padding
 from headway.positions import Positions
@@ -103,7 +103,7 @@ class Conv(Mixer):
         self.depthwise, self.gated, self.decay = depthwise, gated, decay
         inner = width * (2 if gated else 1)
         if depthwise:
-            self.taps = nn.Linear(kernel, width)  # row c is the kernel of channel c
+            self.taps = Table(kernel, width)  # row c is the kernel of channel c
             self.mix = nn.Linear(width, inner)
         else:
             self.mix = nn.Linear(kernel * width, inner)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from headway.attend import FULL, attend, kept_bytes, weights
 from headway.kernels import Call
-from headway.layers import residual_output
+from headway.layers import Table, residual_output
 from headway.mask import Mask
 from headway.mixers import Cost, Implied, Mixer, without_padding
 from headway.positions import Positions, Rotary
@@ -59,7 +59,7 @@ class Linformer(Mixer):
         inner = heads * self.head_dim
         self.query, self.key, self.value = (nn.Linear(width, inner, bias=False) for _ in range(3))
         matrices = {"none": 2 * heads, "headwise": 2}.get(sharing, 1)
-        self.shorten = nn.Linear(length, matrices * rank, bias=False)  # E of each head, then F of each head
+        self.shorten = Table(length, matrices * rank, bias=False)  # E of each head, then F of each head
         self.out = residual_output(nn.Linear(inner, width))
 
     def tie(self, earlier: Sequence[Mixer]) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from msgspec import Meta
 from torch import Tensor, nn
 
-from headway.layers import residual_output
+from headway.layers import Table, residual_output
 from headway.mask import Mask
 from headway.mixers import RUN, Cost, Implied, Mixer, in_runs, linear_map, of_run, without_padding
 from headway.positions import Positions
@@ -55,7 +55,7 @@ class Ssm(Mixer):
             raise ValueError(f"ssm: {self.heads} heads of {self.head_dim} do not share {groups} groups evenly")
         self.kernel, self.mixed = kernel, self.inner + 2 * groups * state_size  # channels of the convolution
         self.enter = nn.Linear(width, self.inner + self.mixed + self.heads, bias=False)
-        self.taps = nn.Linear(kernel, self.mixed)  # row c is the kernel of channel c
+        self.taps = Table(kernel, self.mixed)  # row c is the kernel of channel c
         self.steps = Steps(self.heads)
         self.skip = nn.Parameter(torch.ones(self.heads))  # D; the paper starts from a plain residual
         self.scale = nn.Parameter(torch.ones(self.inner))  # of the norm
