@@ -44,7 +44,7 @@ class Rounded(nn.Parameter):
             if weight.mix != mix:
                 raise ValueError(f"weights were rounded for mix={weight.mix} as they were read, not {mix}: read again")
             if weight._waiting is not None or bool(weight.scales.isnan().any()):
-                raise ValueError("a weight came in parts of two shapes and was not read whole: load it without quantize")
+                raise ValueError("a weight came in parts and was not read whole: load it without quantize")
             return weight
         made = cls.blank(weight.shape, dtype, mix)
         made.data, made.scales = round_weight(weight, mix)
