@@ -67,11 +67,11 @@ def words(ids: Sequence[Sequence[int]], vocab: int) -> Float[Tensor, "N W"]:
 
 
 def accuracy(x: Float[Tensor, "N C"], labels: Int[Tensor, " N"]) -> float:
-    """Of a linear classifier, each row told by one that was trained on the other folds; the best of three penalties."""
+    """Of a linear classifier, each row told by one that was trained on the other folds; the best of four penalties."""
     fold = torch.from_numpy(np.random.default_rng(0).permutation(len(x)) % FOLDS)
     x = (x - x.mean(0)) / x.std(0).mean()
     right = []
-    for penalty in (1e-4, 1e-3, 1e-2):
+    for penalty in (1e-3, 1e-2, 1e-1, 1.0):
         told = torch.zeros_like(labels)
         for i in range(min(FOLDS, len(x))):
             w = _fitted(x[fold != i], labels[fold != i], int(labels.max()) + 1, penalty)
