@@ -140,7 +140,7 @@ def test_rates_are_those_of_squad() -> None:
 
 
 def test_what_was_trained_answers_and_says_when_it_cannot(tmp_path: Path) -> None:
-    given = recipe(write(tmp_path, 1500), budget={"steps": 400}, batch_tokens=1000)
+    given = recipe(write(tmp_path, 1500), budget={"steps": 400}, batch_tokens=800, evaluations=2, test_limit=60)
     result = headway.train(msgspec.to_builtins(given), out=tmp_path / "run")
     assert result["exact"] > 0.85 > result["f1_baseline"]
     model = headway.load(tmp_path / "run", "cpu")
