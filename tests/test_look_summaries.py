@@ -246,6 +246,14 @@ def test_a_head_is_explained_by_label_by_number_or_by_its_largest_output() -> No
         found.relevance("maybe")
 
 
+def test_the_only_head_with_outputs_is_the_one_that_is_explained() -> None:
+    heads = {"pooled": HeadSpec(pool="mean"), "classify": HeadSpec(pool="first", outputs=3)}
+    net = made({**ENCODER, "heads": heads})
+    found = look(net, torch.randint(30, (1, 6)))
+    expected = found.relevance(lambda hidden: net.head("classify", hidden)[0, 1])["source"]
+    assert torch.equal(found.relevance(1)["source"], expected)
+
+
 def test_what_a_decoder_writes_next_comes_from_what_it_has_read() -> None:
     spec = {**ENCODER, "kind": "decoder", "heads": {"lm": HeadSpec(outputs=30)}}
     found = look(made(spec), torch.randint(30, (1, 8)))

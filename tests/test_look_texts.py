@@ -17,6 +17,8 @@ from vocabularies import package
 
 from headway import look
 from headway.hub import Loaded, load
+from headway.probe.capture import mixers_of
+from headway.probe.intervene import gated, importance
 from headway.vocabulary import PublishedTokenizer
 from headway.vocabulary.facts import Facts
 
@@ -142,6 +144,17 @@ def test_a_model_in_training_writes_its_answer_and_is_as_it_was(
     else:
         look(model, "the cat")
     assert same(before, state_of(model.net)) and not is_prepared(model.net)
+
+
+def test_a_towers_heads_are_gated_in_the_rows_that_it_reads(tmp_path: Path) -> None:
+    model = readers.dual(tmp_path)
+    found = look(model, ["the cat", "a dog"], image=torch.randn(1, 3, 8, 8))
+    metric = lambda scores: scores.sum()
+    mixer = next(mixer for place, mixer in mixers_of(model.net) if place.stack == "image")
+    gate = torch.ones(mixer.heads, requires_grad=True)
+    with gated(mixer, gate):
+        expected = torch.autograd.grad(metric(found.rerun()), gate)[0].abs()
+    torch.testing.assert_close(importance(found, metric, stack="image")[0], expected)
 
 
 def test_two_towers_are_asked_about_a_text_and_a_picture(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def look(
     reads tensors. second: the other text of a pair, or what an encoder-decoder writes (default: its own answer; for a
     bare one, ids). image: the picture beside a text, of two towers. valid, mask: as the model's `forward` takes them;
     without a mask, tokens are global as the task of the only head, or writing, has it (`Facts.globals`).
-    It keeps what entered every layer, layers x rows x tokens x width numbers: 1.1 GiB of 16,384 tokens in SmolLM2-135M
+    It keeps what entered every layer, layers x rows x tokens x width numbers: 1.1 GB of 16,384 tokens in SmolLM2-135M
     (30 layers of 576, float32).
     ValueError where the input is empty, is not what the model reads or is longer than it takes, or where NaN comes out.
     """
