@@ -9,6 +9,7 @@ import pytest
 from tiny import task
 
 from headway import models, objectives
+from headway.image import ImageSpec
 from headway.objectives._tools import Tools
 from headway.recipe import Budget, Recipe, built_in, read
 from headway.text import Tokenizer, TokenizerSpec
@@ -32,7 +33,9 @@ def test_every_built_in_recipe_parses_and_its_models_build(name: str) -> None:
     assert recipe.name == name
     objective = objectives.build(recipe.objective)
     tokenizer = Tokenizer.train(TokenizerSpec(), ["abc"], objective.EXTRA)
-    tools = Tools(tokenizer, tokenizer, ("one", "two"), {}, 8, False, None)
+    extra = {name: tokenizer.special(name) for name in objective.EXTRA}
+    tools = Tools(tokenizer, tokenizer, ("one", "two"), extra, 256, False, None, (1, 1), ImageSpec(size=(8, 8)))
+    objective.ready(tools)
     for spec in specs(recipe).values():
         if "load" not in spec:
             models.build(objective.spec(spec, tools))
