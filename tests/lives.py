@@ -6,6 +6,7 @@ more strike inside a save, at a call of the operating system or up to 4 ms behin
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import mmap
 import os
@@ -13,7 +14,6 @@ import random
 import signal
 import struct
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -39,10 +39,6 @@ def strike_inside_a_save(folder: Path, draw: random.Random) -> None:
     seen = {"saves": 0, "calls": 0}
     inside = str(folder / "checkpoints")
 
-    def kill() -> None:
-        time.sleep(delay)
-        os.kill(os.getpid(), signal.SIGKILL)
-
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         if event not in WRITING or not str(arguments[0]).startswith(inside):
             return
@@ -50,7 +46,12 @@ def strike_inside_a_save(folder: Path, draw: random.Random) -> None:
         seen["calls"] += seen["saves"] >= wait
         if seen["calls"] == place:
             seen["calls"] += 1
-            threading.Thread(target=kill).start() if delay else kill()
+            if (
+                delay
+            ):  # by the kernel's own clock, which ends a process as suddenly: a thread could not always start here
+                signal.setitimer(signal.ITIMER_REAL, delay)
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
 
@@ -60,6 +61,7 @@ def life(recipe: dict[str, object], folder: Path, prepare: Callable[[], None] = 
     child = os.fork()
     if child:
         return child
+    faulthandler.dump_traceback_later(float(os.environ.get("LIFE", "120")), exit=True)  # where one hangs, it is told
     try:
         prepare()
         note = lambda name, status: STEPS.__setitem__(slice(0, 8), struct.pack("q", status.step))
