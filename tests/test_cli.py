@@ -155,7 +155,8 @@ def test_a_comparison_leaves_results_a_report_and_models_that_load(run: Headway,
     assert "Fewest errors" in done.out and str(tmp_path / "out" / "report.html") in done.out
     results = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"))
     assert results.keys() == {
-        "name", "title", "created", "command", "hardware", "versions", "budget", "data", "models",
+        "name", "title", "created", "command", "hardware", "versions", "budget", "data", "models", "metric",
+        "objective",
     }  # fmt: skip
     assert results["budget"] == {"steps": 6}
     assert results["data"].keys() == {"source", "input", "target", "train", "valid", "test"}

@@ -36,9 +36,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def task(source: Path, objective: dict[str, Any], kind: str, **changed: Any) -> dict[str, Any]:
+    loaded = "load" in changed.get("model", {})  # which brings a tokenizer of its own
     return {
         "data": {"source": str(source)},
-        "tokenizers": {"input": {"kind": "bpe", "vocab": 300}},
+        "tokenizers": {} if loaded else {"input": {"kind": "bpe", "vocab": 300}},
         "budget": {"steps": 3},
         "batch_tokens": 256,
         "max_tokens": 64,

@@ -284,6 +284,12 @@ def main() -> None:
     """The entry point: a user's mistake ends in one line and exit status 1, Ctrl-C in 130."""
     try:
         app()
+    except SystemExit as end:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # threads that PyTorch keeps for other ranks can abort an exit
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
+        raise
     except ValueError as error:
         if not _silent() or type(error).__name__ == "OfRank":
             typer.echo(f"headway: {error}", err=True)
