@@ -198,46 +198,63 @@ def start() -> list[Any]:
     return rows
 
 
-GROUPS = {"quantized::": "int8 products", "scaled_dot_product": "attention", "aten::mm": "spreading of outliers",
-          "layer_norm": "norms"}  # fmt: skip
+GROUPS = {"quantized::": "int8 products", "scaled_dot_product": "attention", "flash_attention": "attention",
+          "layer_norm": "norms", "linear_pointwise": "packed products"}  # fmt: skip
+INT8 = {**GROUPS, "aten::mm": "spreading of outliers"}
+FULL = {**GROUPS, "aten::mm": "products", "aten::addmm": "products", "aten::mv": "products", "aten::linear": "products"}
 
 
 def profiled() -> dict[str, Any]:
-    """Where SmolLM2's time goes in int8: shares of the operations' own time, by torch.profiler, beside the time of a
-    step without it; and how long its weights take to be read once at the best speed that memory shows here."""
+    """Where the time goes: shares of the operations' own time, by torch.profiler, beside the time of a step without it;
+    and how long the weights take to be read once at the best speed that memory shows here."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     import headway
     from headway.generate.writer import writer_of
     from headway.quantize import nbytes
 
-    model = headway.load(site(SMOL), quantize="int8")
     large = torch.ones(2**28, dtype=torch.int8)
     view = large.view(torch.int64)
     read = min(timed(lambda: view.sum()) for _ in range(9))
-    found: dict[str, Any] = {"read_gb_s": large.numel() / read / 1e9, "weights_mib": nbytes(model.net) / 2**20}
-    for what, rows, length in (("a step, batch 1", 1, 64), ("a step, batch 8", 8, 64), ("prefill of 512", 1, 512)):
-        asked = prompt(49152, rows, length)
-        if length == 512:
-            run: Callable[[], Any] = lambda asked=asked: writer_of(model, asked, 1).first()
-        else:
-            writer = writer_of(model, asked, 256)
-            writer.first()
-            ids = torch.full((rows,), 7)
-            run = lambda writer=writer, ids=ids: writer.next(ids)
-        seconds = statistics.median(timed(run) for _ in range(20 if length < 512 else 5))
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            run()
-        spent: dict[str, float] = {}
-        for event in seen.key_averages():
-            group = next((name for key, name in GROUPS.items() if key in event.key), "all else")
-            spent[group] = spent.get(group, 0.0) + event.self_cpu_time_total
-        total = sum(spent.values())
-        found[what] = {"ms": 1000 * seconds, "shares": {name: part / total for name, part in spent.items()},
-                       "operations": sum(event.count for event in seen.key_averages())}  # fmt: skip
+    found: dict[str, Any] = {"read_gb_s": large.numel() / read / 1e9}
+    step, eight, prefill = ("a step, batch 1", 1, 64), ("a step, batch 8", 8, 64), ("prefill of 512", 1, 512)
+    for title, source, how, asked_for in (
+        ("SmolLM2-135M int8", site(SMOL), {"quantize": "int8"}, (step, eight, prefill)),
+        ("GPT-2 fp32", gpt2_folder(), {}, (step, eight)),
+        ("GPT-2 bf16", gpt2_folder(), {"dtype": "bfloat16"}, (step,)),
+    ):
+        model = headway.load(source, **how)
+        for what, rows, length in asked_for:
+            asked = prompt(model.vocab or 0, rows, length)
+            if length == 512:
+                run: Callable[[], Any] = lambda asked=asked, model=model: writer_of(model, asked, 1).first()
+            else:
+                if not how.get("quantize"):
+                    model.pack()
+                writer = writer_of(model, asked, 256)
+                writer.first()
+                ids = torch.full((rows,), 7)
+                run = lambda writer=writer, ids=ids: writer.next(ids)
+            seconds = statistics.median(timed(run) for _ in range(20 if length < 512 else 5))
+            found[f"{title}: {what}"] = {"ms": 1000 * seconds, "weights_mib": nbytes(model.net) / 2**20,
+                                          **shares(run, INT8 if how.get("quantize") else FULL)}  # fmt: skip
     print(json.dumps(found), file=sys.stderr, flush=True)
     return found
+
+
+def shares(run: Callable[[], Any], groups: dict[str, str]) -> dict[str, Any]:
+    """Of the time of one call, by what it goes to; and how many operations it is."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        run()
+    spent: dict[str, float] = {}
+    for event in seen.key_averages():
+        group = next((name for key, name in groups.items() if key in event.key), "all else")
+        spent[group] = spent.get(group, 0.0) + event.self_cpu_time_total
+    total = sum(spent.values())
+    return {"shares": {name: part / total for name, part in spent.items()},
+            "operations": sum(event.count for event in seen.key_averages())}  # fmt: skip
 
 
 def timed(run: Callable[[], Any]) -> float:

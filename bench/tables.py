@@ -145,17 +145,17 @@ def decoding() -> str:
     record = read("published").get("profile")
     if not record:
         return "Not measured yet."
-    least = record["weights_mib"] * 2**20 / record["read_gb_s"] / 1e6
-    lines = ["| SmolLM2-135M in int8 | ms | operations | what the time goes to |", "|---|---|---|---|"]
+    lines = ["| | ms | reading the weights once | operations | what the time goes to |", "|---|---|---|---|---|"]
     for what, row in record.items():
         if isinstance(row, dict):
             ordered = sorted(row["shares"].items(), key=lambda share: -share[1])
             spent = ", ".join(f"{name} {share:.0%}" for name, share in ordered)
-            lines.append(f"| {what} | {row['ms']:.1f} | {row['operations']:,} | {spent} |")
+            least = row["weights_mib"] * 2**20 / record["read_gb_s"] / 1e6
+            lines.append(f"| {what} | {row['ms']:.1f} | {least:.1f} ms | {row['operations']:,} | {spent} |")
     lines += [
         "",
-        f"Reading its {record['weights_mib']:.0f} MiB of weights once takes {least:.1f} ms at the "
-        f"{record['read_gb_s']:.0f} GB/s that a large sum reads here. `bench/published.py --only profile`",
+        f"Weights are read at the {record['read_gb_s']:.0f} GB/s that a large sum reads here. "
+        "`bench/published.py --only profile`",
     ]
     return "\n".join(lines)
 
@@ -227,6 +227,70 @@ def limit(row: dict[str, Any]) -> str:
     )
 
 
+def look() -> str:
+    record = read("look")
+    if not record:
+        return ""
+    named = {
+        "headway: forward": "a forward pass",
+        "headway: look, one map": "a look, one whole map",
+        "headway: look, one map summarised": "a look, one map in blocks and the largest of each row",
+        "transformers: output_attentions": "transformers, `output_attentions=True`",
+    }
+    rows = []
+    for name, title in named.items():
+        cells = []
+        for found in record["a_map_of_six_layers"].values():
+            side = found[name]
+            cells.append(
+                side.get("not_tried") or side.get("failed") or f"{side['seconds']:,.2f} s, {side['mib']:,.0f} MiB"
+            )
+        rows.append(f"| {title} | " + " | ".join(cells) + " |")
+    lengths = [f"{int(length):,} tokens" for length in record["a_map_of_six_layers"]]
+    cost = ", ".join(f"{100 * v['share_of_a_forward']:.1f}% at {k}" for k, v in record["overhead"].items())
+    less = record["times_less_memory_for_one_layer"]["headway: look, a layer's maps in turn"]
+    return "\n".join(
+        [
+            "| MiniLM's sizes, one thread | " + " | ".join(lengths) + " |",
+            "|---|" + "---|" * len(lengths),
+            *rows,
+            "",
+            f"Capture costs this share of a forward pass: {cost} tokens. A layer's maps of 2,048 tokens, one after the "
+            f"other, take {less:.1f} times less memory than transformers'. {machine(record)}. `bench/look.py`",
+        ]
+    )
+
+
+def pages() -> str:
+    record = read("look_page")
+    if not record:
+        return ""
+    rows = []
+    for title, sizes in record.items():
+        if not isinstance(sizes, dict) or title in ("hardware", "versions"):
+            continue
+        heads = 2 * record["heads"] if "heads" in title else record["heads"]
+        for length, found in sizes.items():
+            if "open" not in found:
+                rows.append(f"| {title} | {int(length):,} x {heads} | {found.get('failed', 'failed')[:60]} | | | |")
+                continue
+            ms = [found[k]["median"] * 1000 if k in found else None for k in ("point at a token", "open another head")]
+            cells = ["" if value is None else f"{value:,.0f} ms" for value in ms]
+            rows.append(
+                f"| {title} | {int(length):,} x {heads} | {found['bytes'] / 1e6:,.1f} MB "
+                f"| {found['open']['median']:,.2f} s | {cells[0]} | {cells[1]} |"
+            )
+    return "\n".join(
+        [
+            "| page | tokens x heads | size | opens in | points at a token in | opens another head in |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            f"Medians; headless Chromium; maps beyond 512 tokens are invented. {machine(record)}. `bench/look_page.py`",
+        ]
+    )
+
+
 def fill(text: str) -> str:
     """A page with its marked tables made anew."""
     made = {
@@ -236,6 +300,8 @@ def fill(text: str) -> str:
         "decoding": decoding(),
         "mixers": mixers(),
         "limits": limits(),
+        "look": look(),
+        "pages": pages(),
     }
     for name, table in made.items():
         text = re.sub(
