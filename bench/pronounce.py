@@ -18,8 +18,8 @@ from common import save
 import headway
 from headway import recipe as recipes
 from headway.data.sources import load_splits, references
+from headway.objectives._rates import by_length, evaluate, rates, score
 from headway.train.data import prepare
-from headway.train.evaluate import by_length, evaluate, rates, score
 from headway.train.loop import Trainer
 
 RUN = Path("runs/pronounce")
@@ -57,6 +57,7 @@ def training_speed() -> float:
     prepared = prepare(recipe)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(recipe, recipe.model, recipe.optimizer, prepared, Path(folder))
+        trainer.stream = trainer._stream()
         speeds = []
         for _ in range(22):
             tokens, seconds = trainer.progress.tokens, trainer.progress.seconds

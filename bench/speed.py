@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headway import recipe as recipes
 from headway.attend import forced
-from headway.data.batches import IGNORE, Batch
+from headway.data.batches import IGNORE
+from headway.data.pairs import Pairs
 from headway.generate.search import greedy
 from headway.hub import Loaded
 from headway.machine import fast_bf16, gemm_peak
@@ -53,12 +54,12 @@ class Peer(nn.Module):
         x = self.body.decoder(x, memory, tgt_mask=causal, tgt_is_causal=True, memory_key_padding_mask=padding)
         return self.head(x)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Pairs) -> torch.Tensor:
         padding = None if batch.source_valid is None else ~batch.source_valid
         return self.decode(batch.target_in, self.encode(batch.source, padding), padding)
 
 
-def plain_loop(model: Peer, optimizer: torch.optim.Optimizer, batches: list[Batch]) -> None:
+def plain_loop(model: Peer, optimizer: torch.optim.Optimizer, batches: list[Pairs]) -> None:
     for batch in batches:
         logits = model(batch)
         loss = F.cross_entropy(
@@ -102,6 +103,7 @@ def training() -> dict[str, object]:
 
             def steps(trainer: Trainer = trainer) -> None:
                 trainer.progress.step = 0
+                trainer.stream = trainer._stream()
                 for _ in range(STEPS):
                     trainer._step()
 
@@ -113,7 +115,7 @@ def training() -> dict[str, object]:
         flops = counter.get_total_flops()
         trainer.model.zero_grad()
         for name, dropout in (("torch.nn.Transformer", 0.1), ("torch.nn.Transformer, no dropout", 0.0)):
-            peer = Peer(prepared.source.vocab, prepared.target.vocab, dropout)
+            peer = Peer(prepared.tools.source.vocab, prepared.tools.target.vocab, dropout)
             adamw = torch.optim.AdamW(peer.parameters(), 1e-3, betas=(0.9, 0.98))
             sides[name] = lambda peer=peer, adamw=adamw: plain_loop(peer, adamw, batches)
         seconds = interleave(sides, ROUNDS)
@@ -137,15 +139,16 @@ def decoding() -> dict[str, object]:
     prepared = prepare(demo)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(demo, demo.models["transformer"].model, OptimizerSpec(), prepared, Path(folder))
-        peer = Peer(prepared.source.vocab, prepared.target.vocab, 0.0)
+        peer = Peer(prepared.tools.source.vocab, prepared.tools.target.vocab, 0.0)
         optimizer = torch.optim.AdamW(peer.parameters(), 2e-3, betas=(0.9, 0.98))
+        trainer.stream = trainer._stream()
         for step in range(150):
             trainer._step()
             plain_loop(peer, optimizer, [prepared.batches.batch(step)])
-    ours = Loaded(trainer.model, trainer.spec, prepared.source, prepared.target, max_tokens=48)
+    ours = Loaded(trainer.model, trainer.spec, prepared.tools.source, prepared.tools.target, max_tokens=48)
     peer.eval()
     words = sorted({word for word, _ in prepared.splits.test})[::12][:512]
-    rows = sorted(([*prepared.source.encode(word), EOS] for word in words), key=len)
+    rows = sorted(([*prepared.tools.source.encode(word), EOS] for word in words), key=len)
     groups = []
     for i in range(0, len(rows), 256):
         part = rows[i : i + 256]
