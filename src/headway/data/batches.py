@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from headway.data.examples import Example
 
 IGNORE = -100  # the label that cross entropy leaves out
+Collate = Callable[[Any, np.random.Generator], Any]  # a batch of examples (`Packed`: of rows of examples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +35,6 @@ class Batch:
         return replace(self, **moved)
 
 
-@runtime_checkable
-class Order(Protocol):
-    """Batches by number, over all epochs."""
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-
-    def batch(self, step: int) -> Any:
-        """The batch of this number, counted from 0."""
-
-    def longest(self) -> Any:
-        """A batch that holds the longest example, and little else."""
-
-
 def padded(rows: Sequence[Sequence[Any] | np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
     """`Int[B T]`, filled up on the right, and `Bool[B T]`, false where it was."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
@@ -62,29 +49,71 @@ def asked(labels: Tensor, targets: int) -> Tensor:
     return torch.nonzero_static(labels.flatten() != IGNORE, size=targets).squeeze(1)
 
 
-class Batches:
+class Order:
+    """Batches by number, over all epochs: each epoch is arranged anew, as a pure function of seed and epoch.
+
+    `count`: batches in an epoch. `longest`: what is collated to try the longest example, and little else. `collate`
+    makes a batch of what `_arrange` gives for it, with a generator of its own.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], count: int, longest: Sequence[int], seed: int, collate: Collate
+    ) -> None:
+        self._examples, self._count, self._longest, self._seed, self._collate = examples, count, longest, seed, collate
+        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return self._count
+
+    def batch(self, step: int) -> Any:
+        """The batch of this number, counted from 0 over all epochs."""
+        if step < 0:
+            raise ValueError(f"step={step} is negative: steps count from 0")
+        epoch, index = divmod(step, self._count)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._arrange(epoch))
+        return self._made(self._epoch[1][index], step, 1)
+
+    def longest(self) -> Any:
+        """A batch that holds the longest example, and little else."""
+        return self._made(self._longest, 2)
+
+    def _made(self, chosen: Sequence[int] | np.ndarray, *number: int) -> Any:
+        return self._collate([self._taken(int(i)) for i in chosen], np.random.default_rng([self._seed, *number]))
+
+    def _taken(self, i: int) -> Any:
+        """What a number of `_arrange` stands for."""
+        return self._examples[i]
+
+    def _arrange(self, epoch: int) -> list[np.ndarray]:
+        """The numbers in each batch of an epoch."""
+        raise NotImplementedError
+
+
+def check(examples: Sequence[Example], seed: int) -> None:
+    """What batches can be made of."""
+    if not len(examples):
+        raise ValueError("cannot make batches of 0 examples")
+    if seed < 0:
+        raise ValueError(f"seed={seed} is negative: use 0 or more")
+
+
+class Batches(Order):
     """Cut examples into batches of at most `tokens` padded tokens: rows * (the largest size of each column, summed).
 
     `sizes` is `Int[N K]`, tokens of each example, by column (source, target). Examples are sorted by them; equal ones
     are shuffled anew every epoch, and so is the order of the batches. Where the sorted list is cut depends on sizes
-    alone, so every epoch has `len(self)` batches. `collate` makes the batch, with a generator of its own.
+    alone, so every epoch has `len(self)` batches.
     """
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        sizes: np.ndarray,
-        *,
-        tokens: int,
-        seed: int,
-        collate: Callable[[list[Example], np.random.Generator], Any],
+        self, examples: Sequence[Example], sizes: np.ndarray, *, tokens: int, seed: int, collate: Collate
     ) -> None:
-        _check(examples, seed)
-        self._examples, self._seed, self._collate = examples, seed, collate
+        check(examples, seed)
         needs = sizes.sum(1)
-        self._longest = int(needs.argmax())
-        if needs.max() > tokens:
-            worst = int(needs.argmax())
+        worst = int(needs.argmax())
+        if needs[worst] > tokens:
             raise ValueError(
                 f"example {worst} needs {needs[worst]} tokens ({' and '.join(map(str, sizes[worst]))}, ends included) "
                 f"but a batch holds batch_tokens={tokens}: raise it to {needs[worst]} or leave out long examples"
@@ -93,25 +122,9 @@ class Batches:
         first, last = sizes[:, 0], sizes[:, -1]
         self._rank = np.where(first % 2, -last, last), first
         self._cuts = _cuts(sizes[np.lexsort(self._rank)], tokens)
-        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
-
-    def __len__(self) -> int:
-        return len(self._cuts) + 1
-
-    def batch(self, step: int) -> Any:
-        """The batch of this number, counted from 0 over all epochs."""
-        epoch, index = _place(step, len(self))
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._arrange(epoch))
-        chosen = [self._examples[int(i)] for i in self._epoch[1][index]]
-        return self._collate(chosen, np.random.default_rng([self._seed, step, 1]))
-
-    def longest(self) -> Any:
-        """The longest example by itself."""
-        return self._collate([self._examples[self._longest]], np.random.default_rng([self._seed, 2]))
+        super().__init__(examples, len(self._cuts) + 1, [worst], seed, collate)
 
     def _arrange(self, epoch: int) -> list[np.ndarray]:
-        """The batches of an epoch, as indices into the examples."""
         random = np.random.default_rng([self._seed, epoch])
         order = random.permutation(len(self._examples))
         order = order[np.lexsort([key[order] for key in self._rank])]  # stable: equal lengths stay shuffled
@@ -119,7 +132,7 @@ class Batches:
         return [chunks[i] for i in random.permutation(len(chunks))]
 
 
-class Packed:
+class Packed(Order):
     """Rows of at most `length` tokens, each filled with whole examples, so that next to nothing is padding.
 
     Which examples share a row is fixed (best fit, the longest first); the rows are shuffled anew every epoch.
@@ -127,52 +140,21 @@ class Packed:
     """
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        sizes: np.ndarray,
-        *,
-        tokens: int,
-        length: int,
-        seed: int,
-        collate: Callable[[list[list[Example]], np.random.Generator], Any],
+        self, examples: Sequence[Example], sizes: np.ndarray, *, tokens: int, length: int, seed: int, collate: Collate
     ) -> None:
-        _check(examples, seed)
-        self._examples, self._seed, self._collate = examples, seed, collate
+        check(examples, seed)
         if tokens < length:
             raise ValueError(f"a batch holds batch_tokens={tokens}, and a row max_tokens={length}: raise batch_tokens")
-        self._rows = _fitted(sizes[:, 0], length)
-        self._per_batch = max(1, tokens // length)
-        self._epoch: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+        self._rows, self._per_batch = _fitted(sizes[:, 0], length), tokens // length
+        # rows are filled longest first, so that the first one holds the longest example
+        super().__init__(examples, -(-len(self._rows) // self._per_batch), [0], seed, collate)
 
-    def __len__(self) -> int:
-        return -(-len(self._rows) // self._per_batch)
+    def _taken(self, i: int) -> list[Example]:
+        return [self._examples[j] for j in self._rows[i]]
 
-    def batch(self, step: int) -> Any:
-        """The batch of this number, counted from 0 over all epochs."""
-        epoch, index = _place(step, len(self))
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._rows)))
-        chosen = self._epoch[1][index * self._per_batch : (index + 1) * self._per_batch]
-        rows = [[self._examples[i] for i in self._rows[row]] for row in chosen]
-        return self._collate(rows, np.random.default_rng([self._seed, step, 1]))
-
-    def longest(self) -> Any:
-        """The row that holds the longest example: rows are filled longest first."""
-        row = [self._examples[i] for i in self._rows[0]]
-        return self._collate([row], np.random.default_rng([self._seed, 2]))
-
-
-def _check(examples: Sequence[Example], seed: int) -> None:
-    if not len(examples):
-        raise ValueError("cannot make batches of 0 examples")
-    if seed < 0:
-        raise ValueError(f"seed={seed} is negative: use 0 or more")
-
-
-def _place(step: int, batches: int) -> tuple[int, int]:
-    if step < 0:
-        raise ValueError(f"step={step} is negative: steps count from 0")
-    return divmod(step, batches)
+    def _arrange(self, epoch: int) -> list[np.ndarray]:
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
+        return np.split(order, range(self._per_batch, len(order), self._per_batch))
 
 
 def _cuts(sizes: np.ndarray, tokens: int) -> list[int]:
