@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from headway.data.batches import Batch, Batches, Order
 from headway.data.examples import Example
-from headway.data.sources import Values
+from headway.data.sources import Values, fewer
 from headway.hub import Loaded
 from headway.loaded import Facts
 from headway.objectives._tools import Tools
@@ -44,6 +45,11 @@ class Unfit(ValueError):
     """A row that no example can be made of; the message says why, and what would help."""
 
 
+def empty(text: str) -> Unfit:
+    """Of a text without tokens."""
+    return Unfit(f"the text {text[:40]!r} has no tokens: give it at least one")
+
+
 class Score(NamedTuple):
     """`metrics` on held-out rows, by name; `rows` what was written or chosen for each, where a page may show it."""
 
@@ -51,7 +57,7 @@ class Score(NamedTuple):
     rows: list[Any] = []
 
 
-class Base:
+class Base(ABC):
     """What objectives share. A new one overrides what differs: always `collate`, and `predict` or `__call__`.
 
     KINDS: the models it trains. COLUMNS: the columns it reads (fields of `data` in a recipe) and what reads each:
@@ -76,14 +82,15 @@ class Base:
 
     def ready(self, tools: Tools) -> None:
         """Keeps the ids that `collate` needs (of a mask, of padding); called once, before anything is encoded."""
+        return
 
+    @abstractmethod
     def spec(self, model: dict[str, Any], tools: Tools) -> dict[str, Any]:
         """The model's spec with the sizes that vocabulary and classes turned out to have."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode(self, row: Values, tools: Tools) -> Iterable[Example]:
         """The examples of a row, usually one. Raises `Unfit` where there is none."""
-        raise NotImplementedError
 
     def sizes(self, example: Example) -> tuple[int, ...]:
         """What an example takes up in a batch, in tokens, by column."""
@@ -93,9 +100,16 @@ class Base:
         """The order of batches: of `tokens` at most, rows of `length` at most."""
         return Batches(examples, sizes, tokens=tokens, seed=seed, collate=self.collate)
 
+    def order(self, examples: Sequence[Example], *, tokens: int, length: int, seed: int) -> Order:
+        """`batches` of examples, each measured by `sizes`."""
+        width = len(self.sizes(examples[0]))
+        flat = (size for example in examples for size in self.sizes(example))
+        sizes = np.fromiter(flat, np.int32, len(examples) * width).reshape(-1, width)
+        return self.batches(examples, sizes, tokens=tokens, length=length, seed=seed)
+
+    @abstractmethod
     def collate(self, examples: Any, random: np.random.Generator) -> Batch:
         """A batch of examples; all that is drawn at random comes from `random`, a function of seed and step."""
-        raise NotImplementedError
 
     def predict(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
         """Logits `Float[N O]` of a batch's N targets, and what each is, `Int[N]`: what a teacher is asked for, too."""
@@ -131,8 +145,12 @@ class Base:
         """Shows a new model the longest example it may meet, so that a mistake costs a second and no training."""
         self(net, batch)
 
+    def asked(self, rows: Sequence[Values], limit: int | None) -> Sequence[Values]:
+        """So many of the held-out rows, the same ones every time."""
+        return fewer(rows, limit)
+
     def score(self, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Score:
-        """The field's metric on held-out rows, as the recipe asks (beams, limits)."""
+        """The field's metric on rows that the model takes (`asked` of those that were held out)."""
         return Score({})
 
     def baseline(self, train: Sequence[Values], rows: Sequence[Values], recipe: Recipe) -> dict[str, Any]:
@@ -149,7 +167,7 @@ class Base:
         start, source = tools.start, tools.source
         spec = {key: value for key, value in spec.items() if key != "load"}
         if start is not None:
-            return Loaded(net, spec, start.source, start.target, facts=start.facts, image=start.image)
+            return Loaded(net, spec, start.source, start.target, facts=start.facts, image=tools.image)
         if spec["kind"] == "seq2seq" and isinstance(source, Tokenizer):
             return Loaded(net, spec, source, tools.target, max_tokens=tools.max_tokens, lowercase=tools.lowercase)
         facts = Facts(max_tokens=tools.max_tokens, bos=tools.bos, pad=tools.pad, lowercase=tools.lowercase)
@@ -157,7 +175,7 @@ class Base:
             facts = msgspec.structs.replace(facts, eos=(tools.eos,))
         if isinstance(source, Tokenizer):  # used from here on as what was downloaded is
             source = dressed(source, lowercase=tools.lowercase)
-        return Loaded(net, spec, source, facts=facts)
+        return Loaded(net, spec, source, facts=facts, image=tools.image)
 
 
 def names() -> list[str]:
@@ -193,11 +211,3 @@ def with_head(model: dict[str, Any], name: str, head: dict[str, Any]) -> dict[st
     """A model's spec that has the head an objective trains, unless the recipe brings one of that name."""
     heads = model.get("heads", {})
     return model if name in heads else {**model, "heads": {**heads, name: head}}
-
-
-def summed(batches: Iterator[Loss]) -> float:
-    """The plain loss of many batches, a target."""
-    plain, count = 0.0, 0
-    for loss in batches:
-        plain, count = plain + float(loss.plain), count + loss.tokens
-    return plain / max(1, count)

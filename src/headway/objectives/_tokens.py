@@ -19,7 +19,7 @@ from headway.data.examples import Example, Examples
 from headway.data.sources import Values
 from headway.hub import Loaded
 from headway.mask import Mask
-from headway.objectives import Base, Unfit
+from headway.objectives import Base, empty
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
 
@@ -68,7 +68,7 @@ def pieces(text: str, tools: Tools) -> Iterator[tuple[list[int], list[int]]]:
     ids, words = tools.words(text)
     inner = [i for i, word in enumerate(words) if word >= 0]
     if not inner:
-        raise unfit(text)
+        raise empty(text)
     first, last = inner[0], inner[-1] + 1
     room = tools.max_tokens - first - (len(ids) - last)
     if room < 1:
@@ -76,11 +76,6 @@ def pieces(text: str, tools: Tools) -> Iterator[tuple[list[int], list[int]]]:
     for start in range(first, last, room):
         end = min(start + room, last)
         yield ids[:first] + ids[start:end] + ids[last:], words[:first] + words[start:end] + words[last:]
-
-
-def unfit(text: str) -> Unfit:
-    """A text that no example can be made of."""
-    return Unfit(f"the text {text[:40]!r} has no tokens: give it at least one")
 
 
 class Guessed(NamedTuple):
@@ -96,8 +91,7 @@ class Guessed(NamedTuple):
 def guessed(objective: Base, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Guessed:
     """How well a model says the targets of held-out rows."""
     examples = Examples(example for row in rows for example in objective.encode(row, tools))
-    sizes = np.array([objective.sizes(example) for example in examples])
-    order = objective.batches(examples, sizes, tokens=recipe.batch_tokens, length=recipe.max_tokens, seed=recipe.seed)
+    order = objective.order(examples, tokens=recipe.batch_tokens, length=recipe.max_tokens, seed=recipe.seed)
     right, nats, asked = 0, 0.0, []
     for step in range(len(order)):
         logits, labels = objective.predict(model.net, order.batch(step).to(model.device))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from headway.data.batches import padded
 from headway.loaded import Inputs, Loaded
 from headway.mask import Mask
-from headway.objectives import Unfit
+from headway.objectives import Unfit, empty
 from headway.objectives._tools import Tools
 from headway.vocabulary import PublishedTokenizer
 
@@ -43,7 +43,7 @@ def text_of(
     ids, types = tools.encode(text, second)
     limit = limit_of(tools)
     if len(ids) <= _marks(tools.source, second is not None):
-        raise Unfit(f"the text {text[:40]!r} has no tokens: give it at least one")
+        raise empty(text)
     if len(ids) > limit:
         if not truncate:
             told = "raise max_tokens, or set objective.truncate=true"

@@ -17,8 +17,8 @@ from headway.data.batches import Batches, Order, Packed, asked
 from headway.data.examples import Example, Examples
 from headway.data.sources import Values
 from headway.hub import Loaded
-from headway.objectives import Base, Score, with_head, with_vocabulary
-from headway.objectives._tokens import Tokens, rows_of, unfit
+from headway.objectives import Base, Score, empty, with_head, with_vocabulary
+from headway.objectives._tokens import Tokens, rows_of
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
 
@@ -40,7 +40,7 @@ class Objective(Base):
         """Begin, text, end; cut into rows, each of which predicts the first token of the next."""
         ids = tools.ids(row[0])
         if not ids:
-            raise unfit(row[0])
+            raise empty(row[0])
         begin = tools.bos if tools.bos is not None else tools.eos
         ids = ([] if begin is None else [begin]) + ids + ([] if tools.eos is None else [tools.eos])
         length = tools.max_tokens
@@ -69,8 +69,7 @@ class Objective(Base):
     def score(self, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Score:
         """Bits per byte of the text: what the model's likelihood of all tokens comes to, ends included."""
         examples = Examples(example for row in rows for example in self.encode(row, tools))
-        sizes = np.array([self.sizes(example) for example in examples])
-        order = self.batches(examples, sizes, tokens=recipe.batch_tokens, length=recipe.max_tokens, seed=0)
+        order = self.order(examples, tokens=recipe.batch_tokens, length=recipe.max_tokens, seed=0)
         losses = [self(model.net, order.batch(i).to(model.device)) for i in range(len(order))]
         nats, tokens = sum(float(loss.plain) for loss in losses), sum(loss.tokens for loss in losses)
         size = sum(len(row[0].encode()) for row in rows)

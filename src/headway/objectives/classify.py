@@ -174,15 +174,8 @@ class Objective(Base):
             return total, plain
         return F.cross_entropy(logits.float(), labels, self.weight.to(logits.device), reduction="sum"), plain
 
-    def loaded(self, net: nn.Module, spec: dict[str, Any], tools: Tools) -> Loaded:
-        found = super().loaded(net, spec, tools)
-        if found.image is None:
-            found.image = tools.image
-        return found
-
     def score(self, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Score:
         """Accuracy, and the mean F1 of the classes; of words, the F1 of spans that are told whole."""
-        rows = [row for row in rows if _fits(self, row, tools)]
         if self.of == "words":
             return Score(self._spans(model, rows, tools))
         inputs = [tuple(row[:2]) if self.of == "pair" else row[0] for row in rows]
@@ -230,11 +223,3 @@ def _places(text: str) -> Iterator[int]:
         at = text.index(word, at)
         yield at
         at += len(word)
-
-
-def _fits(objective: Objective, row: Values, tools: Tools) -> bool:
-    try:
-        list(objective.encode(row, tools))
-    except Unfit:
-        return False
-    return True

@@ -225,15 +225,12 @@ class Objective(Base):
             found.facts = msgspec.structs.replace(found.facts, pooling=self.pooling, normalize=True)
         elif self.pairs == "target" and tools.start is None:
             found.target = self.tools[1].source
-        if found.image is None:
-            found.image = tools.image
         return found
 
     @torch.inference_mode()
     def score(self, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Score:
         """How often the right one is the nearest (recall_at_1), or among the ten nearest, of all that were held out;
         of texts alone, how evenly they fill the space (uniformity, 2005.10242: lower is better)."""
-        rows = [row for row in rows if self._fits(row, tools)][: recipe.test_limit]
         how: dict[str, Any] = {"truncate": self.truncate}
         if self.pairs == "dropout":
             x = model.embed([row[0] for row in rows], **how)
@@ -247,19 +244,12 @@ class Objective(Base):
         """Recall by the n-grams of characters that two texts share; of pictures, by chance."""
         if self.pairs == "dropout":
             return {}
-        one, two, right = _distinct(rows[: recipe.test_limit], self.pairs != "image")
+        one, two, right = _distinct(rows, self.pairs != "image")
         if self.pairs == "image":
             return chance(right, len(two))
         found = recall(ngrams(one) @ ngrams(two).T, right)
         by = {f"{name}_baseline": value for name, value in found.items() if name.startswith("recall")}
         return {**by, "baseline": "n-grams of characters in common"}
-
-    def _fits(self, row: Values, tools: Tools) -> bool:
-        try:
-            list(self.encode(row, tools))
-        except Unfit:
-            return False
-        return True
 
 
 def _distinct(rows: Sequence[Values], texts: bool) -> tuple[list[Any], list[Any], list[list[int]]]:

@@ -68,6 +68,9 @@ class Objective(Base):
     def baseline(self, train: Sequence[Values], rows: Sequence[Values], recipe: Recipe) -> dict[str, Any]:
         return self.inner.baseline(train, rows, recipe)
 
+    def asked(self, rows: Sequence[Values], limit: int | None) -> Sequence[Values]:
+        return self.inner.asked(rows, limit)
+
     def lender(self) -> Loaded | None:
         return self.teacher if self.teacher.source is not None else None
 

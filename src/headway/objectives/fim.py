@@ -19,8 +19,8 @@ from headway.data.examples import Example
 from headway.data.sources import Values
 from headway.generate.write import Options, tokens
 from headway.hub import Loaded
-from headway.objectives import Score, causal
-from headway.objectives._tokens import Tokens, rows_of, unfit
+from headway.objectives import Score, causal, empty
+from headway.objectives._tokens import Tokens, rows_of
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
 from headway.text import UNK
@@ -64,7 +64,7 @@ class Objective(causal.Objective):
         """Pieces of the text, bare, and whether each is the first, the last, and may be rearranged."""
         ids = tools.ids(row[0])
         if not ids:
-            raise unfit(row[0])
+            raise empty(row[0])
         exact = tools.text(ids) == row[0]
         if not exact and UNK not in ids:
             raise ValueError(f"{row[0][:40]!r} is not what this tokenizer gives back, so no gap fits it: use bpe")

@@ -84,15 +84,17 @@ class Objective(Base):
         net(longest, longest)
         greedy(net.eval(), longest, limit=2)  # type: ignore[arg-type]
 
+    def asked(self, rows: Sequence[Values], limit: int | None) -> Sequence[Values]:
+        """So many inputs, each with all that is listed for it."""
+        chosen = set(sorted(references(rows), key=lambda text: hashlib.sha256(text.encode()).digest())[:limit])
+        return [row for row in rows if row[0] in chosen]
+
     def score(self, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Score:
-        """Error rates by what the model writes (`_rates`), under `beams`, `penalty` and `test_limit`."""
-        listed = references(rows)
-        listed = {text: targets for text, targets in listed.items() if len(model.encode(text)) <= tools.max_tokens}
-        chosen = sorted(listed, key=lambda text: hashlib.sha256(text.encode()).digest())[: recipe.test_limit]
+        """Error rates by what the model writes (`_rates`), under `beams` and `penalty`."""
         own = isinstance(tools.target, Tokenizer)
         scored, speed = evaluate(
             model,
-            {text: listed[text] for text in chosen},
+            references(rows),
             recipe.tokenizers.target.kind if own else "whitespace",
             beams=recipe.beams,
             penalty=recipe.penalty,

@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 
 from headway import recipe as recipes
-from headway.data.sources import fewer
 from headway.hub import Loaded, safe_name
 from headway.machine import Peak, hardware, versions
 from headway.recipe import Entry, Recipe
@@ -137,8 +136,8 @@ def rehearse(recipe: Recipe, entry: Entry, prepared: Prepared) -> None:
     optimizer = entry.optimizer or recipe.optimizer
     build_optimizers(net, optimizer)
     refuse_redraw(net, recipe, optimizer)
-    for order in (prepared.batches, prepared.valid):
-        prepared.objective.rehearse(net, order.longest(), prepared.tools)
+    longest = max((order.longest() for order in (prepared.batches, prepared.valid)), key=lambda batch: batch.tokens)
+    prepared.objective.rehearse(net, longest, prepared.tools)
 
 
 def run_entry(
@@ -183,9 +182,7 @@ def run_entry(
     if not ranks.first:
         ranks.wait()
         return read_json(done, dict)
-    held_out = prepared.splits.test or prepared.splits.valid
-    if prepared.objective.METRIC[0] != "wer":  # which takes so many inputs, each with all that is listed for it
-        held_out = fewer(held_out, recipe.test_limit)
+    held_out = prepared.objective.asked(prepared.splits.test or prepared.splits.valid, recipe.test_limit)
     metrics, scored = prepared.objective.score(model, held_out, prepared.tools, recipe)
     metrics = {**metrics, **prepared.objective.baseline(prepared.splits.train, held_out, recipe)}
     progress = trainer.progress

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from headway import hub, objectives
 from headway.data.batches import Order
@@ -64,16 +63,16 @@ def prepare(recipe: Recipe) -> Prepared:
             raise ValueError(
                 f"{recipe.data.source}: no row for {part}; give more rows, or data.{part} a file of its own"
             )
-    order = partial(_order, recipe, objective)
-    every = max(1, len(valid) // VALID_ROWS)
+    order = lambda examples: objective.order(examples, **_room(recipe))
+    every, whole = max(1, len(valid) // VALID_ROWS), order(valid)
     record = msgspec.json.encode([recipe.objective, tools.labels, train.fingerprint(), valid.fingerprint()])
     return Prepared(
         splits,
         objective,
         tools,
         order(train),
-        order(valid),
-        order(Examples(valid[i] for i in range(0, len(valid), every))) if every > 1 else order(valid),
+        whole,
+        order(Examples(valid[i] for i in range(0, len(valid), every))) if every > 1 else whole,
         fingerprint=hashlib.sha256(record).hexdigest(),
     )
 
@@ -88,7 +87,7 @@ def narrowed(recipe: Recipe, prepared: Prepared, count: int | None) -> Prepared:
     return replace(
         prepared,
         splits=splits,
-        batches=_order(recipe, prepared.objective, train),
+        batches=prepared.objective.order(train, **_room(recipe)),
         fingerprint=hashlib.sha256(record.encode()).hexdigest(),
     )
 
@@ -137,8 +136,6 @@ def _encode(
     return found, Rows(row for number, row in enumerate(rows) if number not in unfit).rows
 
 
-def _order(recipe: Recipe, objective: Base, examples: Examples) -> Order:
-    width = len(objective.sizes(examples[0]))
-    flat = (size for example in examples for size in objective.sizes(example))
-    sizes = np.fromiter(flat, np.int32, len(examples) * width).reshape(-1, width)
-    return objective.batches(examples, sizes, tokens=recipe.batch_tokens, length=recipe.max_tokens, seed=recipe.seed)
+def _room(recipe: Recipe) -> dict[str, int]:
+    """What batches are made by."""
+    return {"tokens": recipe.batch_tokens, "length": recipe.max_tokens, "seed": recipe.seed}
