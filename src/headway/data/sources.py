@@ -86,7 +86,7 @@ def load_splits(spec: DataSpec, roles: Sequence[str] = ("input", "target")) -> S
     notes: list[str] = []
     own = {"valid": spec.valid, "test": spec.test}
     parts = {part: Rows() for part in ("train", "valid", "test")}
-    grouped = spec.group is not None or "group" in _columns_of(spec.source)
+    grouped = spec.group is not None or "group" in getattr(_known(spec.source), "COLUMNS", {})
     for row in _cased(_source(spec, (*roles, "group") if grouped else roles, notes), spec):
         part = part_of(row[-1] if grouped else row[0], spec.held_out)
         parts["train" if own.get(part) is not None else part].append(row[: len(roles)])
@@ -131,15 +131,14 @@ def _cased(rows: Iterable[Values], spec: DataSpec) -> Iterable[Values]:
     return ((row[0].lower(), *row[1:]) for row in rows) if spec.lowercase else rows
 
 
-def _columns_of(source: str) -> dict[str, str]:
-    """A built-in set's columns by role; none of anything else."""
-    known = importlib.import_module(f"{builtin.__name__}.{source}") if source in _builtins() else None
-    return getattr(known, "COLUMNS", {})
+def _known(source: str) -> Any:
+    """The module of a built-in set; None of anything else."""
+    return importlib.import_module(f"{builtin.__name__}.{source}") if source in _builtins() else None
 
 
 def _source(spec: DataSpec, roles: Sequence[str], notes: list[str]) -> Iterable[Values]:
     """A built-in set takes `keep_stress` where its `rows` has that argument, and has the columns that it names."""
-    known = importlib.import_module(f"{builtin.__name__}.{spec.source}") if spec.source in _builtins() else None
+    known = _known(spec.source)
     takes_stress = known is not None and "keep_stress" in inspect.signature(known.rows).parameters
     if spec.keep_stress and not takes_stress:
         raise ValueError(f"keep_stress is for the source 'cmudict' only, not for {spec.source!r}: leave it out")

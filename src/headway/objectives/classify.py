@@ -22,7 +22,7 @@ from headway.data.examples import Example
 from headway.data.sources import Values
 from headway.hub import Loaded
 from headway.objectives import Base, Score, Unfit, with_vocabulary
-from headway.objectives._baselines import classes, words_alone
+from headway.objectives._baselines import classes, span_f1, words_alone
 from headway.objectives._pictures import batch_of, stored
 from headway.objectives._tools import Tools
 from headway.objectives._vectors import hidden, read, reader, text_of, with_types
@@ -186,13 +186,14 @@ class Objective(Base):
     def _spans(self, model: Loaded, rows: Sequence[Values], tools: Tools) -> dict[str, Any]:
         names, texts = names_of(model, "tokens"), [row[0] for row in rows]
         found = model.classify(texts, truncate=self.truncate)
-        right = wanted = given = 0
+        known = lambda spans: {(span.label, span.start, span.end) for span in spans}
+        pairs = []
         for row, spans in zip(rows, found, strict=True):
             ids, _, labels = self._words(row[0], str(row[1]).split(), tools)
             true = spans_of(model, row[0], ids, [names[max(i, 0)] for i in labels], [1.0] * len(ids))
-            one, two = ({(s.label, s.start, s.end) for s in side} for side in (true, spans))  # type: ignore[union-attr]
-            right, wanted, given = right + len(one & two), wanted + len(one), given + len(two)
-        return {"span_f1": 2 * right / max(1, wanted + given), "test_rows": len(rows), "test_spans": wanted}
+            pairs.append((known(true), known(spans)))
+        share, wanted = span_f1(pairs)
+        return {"span_f1": share, "test_rows": len(rows), "test_spans": wanted}
 
     def baseline(self, train: Sequence[Values], rows: Sequence[Values], recipe: Recipe) -> dict[str, Any]:
         """By logistic regression on tf-idf or on pixels, where scikit-learn is there; else the commonest class. Words

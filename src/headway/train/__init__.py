@@ -182,9 +182,7 @@ def run_entry(
     if not ranks.first:
         ranks.wait()
         return read_json(done, dict)
-    held_out = prepared.objective.asked(prepared.splits.test or prepared.splits.valid, recipe.test_limit)
-    metrics, scored = prepared.objective.score(model, held_out, prepared.tools, recipe)
-    metrics = {**metrics, **prepared.objective.baseline(prepared.splits.train, held_out, recipe)}
+    metrics, scored = _measured(model, prepared, recipe)
     progress = trainer.progress
     result = {
         "name": name,
@@ -209,3 +207,11 @@ def run_entry(
     write_text(done, json.dumps(result, indent=1))
     ranks.wait()
     return result
+
+
+def _measured(model: Loaded, prepared: Prepared, recipe: Recipe) -> tuple[dict[str, Any], list[Any]]:
+    """The objective's metrics on held-out rows, beside plain baselines; and what was written or chosen for each."""
+    objective, splits = prepared.objective, prepared.splits
+    held_out = objective.asked(splits.test or splits.valid, recipe.test_limit)
+    metrics, scored = objective.score(model, held_out, prepared.tools, recipe)
+    return {**metrics, **objective.baseline(splits.train, held_out, recipe)}, scored

@@ -36,7 +36,7 @@ from headway.train.data import Prepared, all_of
 from headway.train.half import Half
 from headway.train.network import network, spec_of
 from headway.train.optim import build_optimizers, set_rate
-from headway.train.ranks import Ranks, like, restore, whole
+from headway.train.ranks import Ranks, full, like, restore, whole
 
 
 class Interrupted(Exception):
@@ -155,7 +155,7 @@ class Trainer:
         with told() if self.recipe.compile else nullcontext():
             sums = self.objective.backward(self.net, batches, targets / self.ranks.size, self._scope)
         plain, count = self.ranks.sum(*sums)
-        norm = float(whole({"": nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer.clip)})[""])
+        norm = float(full(nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer.clip)))
         value = plain / count
         self._check(value, norm, batches)
         rate = self.optimizers[0].param_groups[0]["lr"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import msgspec
@@ -52,7 +53,9 @@ def network(spec: dict[str, Any], tools: Tools) -> nn.Module:
     """Fresh, or loaded; heads that the checkpoint does not have are drawn, and no other weight is."""
     if tools.start is None:
         return models.build(spec)
-    return hub.load(spec["load"], device="cpu", heads=_new(spec, tools.start) or None).net
+    if new := _new(spec, tools.start):
+        return hub.load(spec["load"], device="cpu", heads=new).net
+    return copy.deepcopy(tools.start.net)
 
 
 def _new(spec: dict[str, Any], start: hub.Loaded) -> dict[str, Any]:

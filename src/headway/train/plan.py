@@ -54,7 +54,7 @@ GPUS = {
 @dataclass(frozen=True)
 class Step:
     """One step of one rank: bytes at its highest moment, by part, and FLOPs. `gathered`: weights that are whole at once
-    where ranks cut them."""
+    where ranks cut them. `blocks`: how many the model has."""
 
     parameters: int
     weights: int
@@ -62,6 +62,7 @@ class Step:
     optimizer: int
     activations: int
     gathered: int
+    blocks: int
     flops: int
     tokens: int
 
@@ -112,7 +113,7 @@ def plan(recipe: Recipe, prepared: Prepared, *, gpus: int, gpu: str, share: floa
     compute = one.flops / (share * (kind.fp32 if recipe.precision == "fp32" else kind.bf16))
     exchange = exchanged / speed
     # they travel while blocks compute; the first block's and the last one's have nothing to hide behind
-    seconds = max(compute, exchange) + min(compute, exchange) / max(2, _blocks(recipe, prepared))
+    seconds = max(compute, exchange) + min(compute, exchange) / max(2, one.blocks)
     tokens = one.tokens * gpus
     steps = _steps(recipe, tokens, seconds)
     return Plan(
@@ -180,6 +181,7 @@ def step(recipe: Recipe, prepared: Prepared, parts: int = 1) -> Step:
         optimizer=kept,
         activations=max(0, total - 2 * weights - kept),
         gathered=gathered,
+        blocks=sum(isinstance(module, Block) for module in net.modules()),
         flops=counter.get_total_flops() * parts,
         tokens=batch.tokens * parts,
     )
@@ -243,12 +245,6 @@ def _exchanged(recipe: Recipe, one: Step, gpus: int) -> int:
         return int(2 * ring * one.weights)
     parts = recipe.accumulate // gpus
     return int(ring * one.weights * (2 * parts + 1))
-
-
-def _blocks(recipe: Recipe, prepared: Prepared) -> int:
-    with torch.device("meta"):
-        net = models.assemble(spec_of(_model(recipe), prepared))
-    return sum(isinstance(module, Block) for module in net.modules())
 
 
 def _steps(recipe: Recipe, tokens: int, seconds: float) -> int:

@@ -101,14 +101,19 @@ class Ranks:
             model.set_requires_gradient_sync(not hold)  # type: ignore[operator]
 
 
+def full(t: Tensor) -> Tensor:
+    """A tensor as one process would have it; all ranks must ask together."""
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
 def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
     """The tensors as one process would have them, one after the other; all ranks must ask together, and those that do
     not `keep` any hold one at a time. What was shared comes to lie in the CPU's memory."""
     found = {}
     for name, t in tensors.items():
-        value = t.full_tensor().cpu() if isinstance(t, DTensor) else t
+        value = full(t)
         if keep:
-            found[name] = value
+            found[name] = value.cpu() if value is not t else t
     return found
 
 

@@ -5,30 +5,37 @@ A docstring is of a module, a class, a function or a method. Its text alone is g
 
 from collections.abc import Iterator
 
+from headway.data.builtin.library import stdlib, without_source
+
 COLUMNS = {"text": "text", "label": "kind"}
 OTHERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 
 
 def rows() -> Iterator[tuple[str, str]]:
     """Pairs such as ("Return the absolute value of the argument.", "function"), each text once, in order of files."""
-    import ast
-    import sysconfig
-    from pathlib import Path
-
-    folder, seen = Path(sysconfig.get_paths()["stdlib"]), set()
-    for file in sorted(folder.rglob("*.py")):
-        if OTHERS.intersection(file.relative_to(folder).parts):
-            continue
-        try:
-            tree = ast.parse(file.read_text("utf-8"))
-        except (SyntaxError, ValueError):  # the library has a few files that are wrong on purpose
-            continue
+    seen: set[str] = set()
+    for _, tree in modules():
         for text, kind in documented(tree):
             if len(text.split()) > 2 and text not in seen:
                 seen.add(text)
                 yield text, kind
     if not seen:
-        raise ValueError(f"{folder}: this Python came without the source of its library; use another source")
+        raise without_source()
+
+
+def modules() -> Iterator[tuple[tuple[str, ...], object]]:
+    """Each file of the library, as the parts of its path below it, and its syntax tree; tests are left out."""
+    import ast
+
+    folder = stdlib()
+    for file in sorted(folder.rglob("*.py")):
+        parts = file.relative_to(folder).parts
+        if OTHERS.intersection(parts):
+            continue
+        try:
+            yield parts, ast.parse(file.read_text("utf-8"))
+        except (SyntaxError, ValueError):  # the library has a few files that are wrong on purpose
+            continue
 
 
 def documented(tree: object) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,8 @@ to one part of the data, so that what is tested is the package and not the file.
 
 from collections.abc import Iterator
 
-from headway.data.builtin.docstrings import OTHERS, documented
+from headway.data.builtin.docstrings import documented, modules
+from headway.data.builtin.library import without_source
 
 COLUMNS = {"text": "text", "label": "package", "group": "file"}
 FILES, TEXTS, PER_FILE = 10, 100, 15
@@ -14,20 +15,10 @@ FILES, TEXTS, PER_FILE = 10, 100, 15
 
 def rows() -> Iterator[tuple[str, str, str]]:
     """Triples such as ("Schedule a coroutine.", "asyncio", "asyncio/tasks.py"), each text once, in order of files."""
-    import ast
-    import sysconfig
-    from pathlib import Path
-
-    folder = Path(sysconfig.get_paths()["stdlib"])
     packages: dict[str, dict[str, list[str]]] = {}
     seen: set[str] = set()
-    for file in sorted(folder.rglob("*.py")):
-        parts = file.relative_to(folder).parts
-        if len(parts) < 2 or OTHERS.intersection(parts):
-            continue
-        try:
-            tree = ast.parse(file.read_text("utf-8"))
-        except (SyntaxError, ValueError):  # the library has a few files that are wrong on purpose
+    for parts, tree in modules():
+        if len(parts) < 2:
             continue
         texts = list(dict.fromkeys(text for text, _ in documented(tree) if len(text.split()) > 4 and text not in seen))
         seen.update(texts)
@@ -36,7 +27,7 @@ def rows() -> Iterator[tuple[str, str, str]]:
     large = {name: files for name, files in packages.items()
              if len(files) >= FILES and sum(map(len, files.values())) >= TEXTS}  # fmt: skip
     if not large:
-        raise ValueError(f"{folder}: this Python came without the source of its library; use another source")
+        raise without_source()
     for name, files in large.items():
         for path, texts in files.items():
             yield from ((text, name, path) for text in texts[:PER_FILE])
