@@ -20,7 +20,7 @@ from headway.loaded import Inputs, Loaded
 from headway.mask import Mask
 from headway.models import decoder, dual, encoder, seq2seq, vision
 from headway.positions import positions_of
-from headway.probe.answer import NO_START, answer_of
+from headway.probe.answer import answer_of
 from headway.probe.stacks import bare
 from headway.text import BOS, EOS, Tokenizer
 
@@ -210,7 +210,7 @@ def _written(loaded: Loaded, inputs: Any, source: Inputs, second: str | None) ->
         raise ValueError("look: one text for an encoder-decoder to answer, or ids with the ids of the target as second")
     target = loaded.target
     if second is None:
-        answer = answer_of(loaded, source, loaded.global_tokens("generate", source))
+        answer = answer_of(loaded, source)
     elif isinstance(target, Tokenizer):
         answer = target.encode(_checked(second))
     else:
@@ -219,7 +219,7 @@ def _written(loaded: Loaded, inputs: Any, source: Inputs, second: str | None) ->
         return [BOS, *answer], [*answer, EOS]
     start, forced = loaded.facts.start, loaded.facts.forced_bos
     if start is None:
-        raise ValueError(NO_START)
+        raise ValueError("look: this encoder-decoder does not say what its answers begin with: set facts.start")
     if second is not None and forced is not None and answer[:1] != [forced]:
         answer = [forced, *answer]
     end = list(loaded.facts.eos[:1])
