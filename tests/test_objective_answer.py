@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from objective import gradients, learned, made
 from torch import nn
 
 import headway
 from headway.objectives.answer import rates
 from headway.recipe import Recipe, read
-from headway.train.data import Prepared, prepare
-from headway.train.network import network, spec_of
+from headway.train.data import Prepared
 
 ENCODER: dict[str, Any] = {
     "kind": "encoder",
@@ -60,13 +59,6 @@ def task(tmp_path: Path) -> tuple[Prepared, nn.Module]:
     return made(recipe(write(tmp_path)))
 
 
-def made(given: Recipe) -> tuple[Prepared, nn.Module]:
-    prepared = prepare(given)
-    assert given.model is not None
-    torch.manual_seed(0)
-    return prepared, network(spec_of(given.model, prepared), prepared.tools)
-
-
 def some(prepared: Prepared, first: int, last: int) -> Any:
     examples = [e for row in prepared.splits.train[first:last] for e in prepared.objective.encode(row, prepared.tools)]
     return prepared.objective.collate(examples, np.random.default_rng(0))
@@ -95,24 +87,15 @@ def test_loss_is_of_first_and_last_token_among_context_and_no_answer(task: tuple
 
 def test_one_batch_is_learned_by_heart(task: tuple[Prepared, nn.Module]) -> None:
     prepared, net = task
-    batch, optimizer = some(prepared, 0, 10), torch.optim.AdamW(net.parameters(), 1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = prepared.objective(net, batch)
-        (loss.total / batch.targets).backward()
-        optimizer.step()
-    assert float(loss.plain) / batch.targets < 0.05
+    assert learned(prepared, net, some(prepared, 0, 10), steps=60, rate=1e-2) < 0.05
 
 
 def test_micro_batches_are_one_batch_and_padding_changes_nothing(task: tuple[Prepared, nn.Module]) -> None:
     prepared, net = task
-    found = []
-    for parts in ([(0, 12)], [(0, 3), (3, 4), (4, 12)]):
-        net.zero_grad()
-        batches = [some(prepared, *part) for part in parts]
-        plain, count = prepared.objective.backward(net, batches, 12.0, lambda part: nullcontext())
-        slopes = [p.grad.clone() for p in net.parameters() if p.grad is not None]
-        found.append((plain / count, slopes))
+    found = [
+        gradients(prepared, net, [some(prepared, *part) for part in parts])
+        for parts in ([(0, 12)], [(0, 3), (3, 4), (4, 12)])
+    ]
     assert abs(found[0][0] - found[1][0]) < 1e-6
     assert max(float((a - b).abs().max()) for a, b in zip(found[0][1], found[1][1], strict=True)) < 1e-6
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from objective import gradients, learned, made
 from PIL import Image
 from shell import Headway
 from torch import nn
@@ -21,7 +20,6 @@ from headway import models
 from headway.data.batches import IGNORE
 from headway.recipe import Recipe, read
 from headway.train.data import Prepared, prepare
-from headway.train.network import network, spec_of
 
 ENCODER = {
     "kind": "encoder",
@@ -78,22 +76,6 @@ def recipe(source: Path | str, model: dict[str, Any], **changed: Any) -> Recipe:
     return read({**given, **changed})
 
 
-def made(given: Recipe) -> tuple[Prepared, nn.Module]:
-    prepared = prepare(given)
-    assert given.model is not None
-    torch.manual_seed(0)
-    return prepared, network(spec_of(given.model, prepared), prepared.tools)
-
-
-def gradients(prepared: Prepared, net: nn.Module, batches: Sequence[Any]) -> tuple[float, list[torch.Tensor]]:
-    """Of the batches as micro-batches of one step."""
-    net.zero_grad()
-    targets = float(sum(batch.targets for batch in batches))
-    plain, count = prepared.objective.backward(net, batches, targets, lambda i: nullcontext())
-    assert count == targets
-    return plain / count, [p.grad.clone() for p in net.parameters() if p.grad is not None]
-
-
 KINDS = ["text", "pair", "words", "image", "convnet"]
 
 
@@ -118,13 +100,7 @@ def some(prepared: Prepared, first: int, last: int) -> Any:
 def test_one_batch_is_learned_by_heart(task: tuple[Prepared, nn.Module]) -> None:
     prepared, net = task
     batch = some(prepared, 0, 12)
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-2)
-    for _ in range(80):
-        optimizer.zero_grad()
-        loss = prepared.objective(net, batch)
-        (loss.total / batch.targets).backward()
-        optimizer.step()
-    assert float(loss.plain) / batch.targets < 0.05
+    assert learned(prepared, net, batch, steps=80, rate=2e-2) < 0.05
 
 
 def test_micro_batches_are_one_batch(task: tuple[Prepared, nn.Module]) -> None:

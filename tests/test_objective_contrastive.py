@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from objective import gradients, learned, made
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 import headway
 from headway.objectives import build
 from headway.objectives._recall import ngrams, recall
 from headway.recipe import Recipe, read
-from headway.train.data import Prepared, prepare
-from headway.train.network import network, spec_of
+from headway.train.data import Prepared
 
 BLOCKS = [{"mixer": {"name": "attention", "heads": 2}, "feedforward": {}}]
 ENCODER: dict[str, Any] = {"kind": "encoder", "width": 32, "stack": {"blocks": BLOCKS}}
@@ -72,13 +71,6 @@ def recipe(source: Path, case: str, **changed: Any) -> Recipe:
     return read({**given, **changed})
 
 
-def made(given: Recipe) -> tuple[Prepared, nn.Module]:
-    prepared = prepare(given)
-    assert given.model is not None
-    torch.manual_seed(0)
-    return prepared, network(spec_of(given.model, prepared), prepared.tools)
-
-
 @pytest.fixture(params=CASES)
 def task(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Prepared, nn.Module]:
     return request.param, *made(recipe(write(tmp_path), request.param))
@@ -87,19 +79,6 @@ def task(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Prepared,
 def some(prepared: Prepared, first: int, last: int) -> Any:
     examples = [e for row in prepared.splits.train[first:last] for e in prepared.objective.encode(row, prepared.tools)]
     return prepared.objective.collate(examples, np.random.default_rng(0))
-
-
-def gradients(prepared: Prepared, net: nn.Module, batches: Sequence[Any]) -> tuple[float, list[Tensor]]:
-    @contextmanager
-    def scope(part: int) -> Any:
-        torch.manual_seed(part)
-        yield
-
-    net.zero_grad()
-    targets = sum(batch.targets for batch in batches)
-    plain, count = prepared.objective.backward(net, batches, float(targets), scope)
-    assert count == targets
-    return plain / count, [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
 
 def test_loss_is_the_published_one(task: tuple[str, Prepared, nn.Module]) -> None:
@@ -131,13 +110,7 @@ def test_loss_is_the_published_one(task: tuple[str, Prepared, nn.Module]) -> Non
 
 def test_one_batch_is_learned_by_heart(task: tuple[str, Prepared, nn.Module]) -> None:
     _, prepared, net = task
-    batch, optimizer = some(prepared, 0, 8), torch.optim.AdamW(net.parameters(), 1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        loss = prepared.objective(net, batch)
-        (loss.total / batch.targets).backward()
-        optimizer.step()
-    assert float(loss.plain) / batch.targets < 0.1
+    assert learned(prepared, net, some(prepared, 0, 8), steps=60, rate=1e-2) < 0.1
 
 
 def test_micro_batches_are_one_batch(task: tuple[str, Prepared, nn.Module]) -> None:
