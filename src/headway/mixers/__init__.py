@@ -190,7 +190,7 @@ def of_run(mask: Mask, run: slice) -> Mask:
 
 def names() -> list[str]:
     """Headway's own mixers, found by file name."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def find(name: str) -> type[Mixer]:

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from msgspec import Meta
 from torch import Tensor, nn
@@ -23,13 +22,13 @@ from headway.kernels import Call
 from headway.layers import residual_output
 from headway.mask import Mask
 from headway.mixers import Cost, Mixer
+from headway.mixers._folded import Fold, Slots, beside, by_index, hiding, narrower, slots_of, take, with_global_rows
 from headway.positions import Positions
 from headway.spec import Size
 from headway.state import Ring, State
 
 Reach = Annotated[int, Meta(ge=0, le=2**24)]
 Window = tuple[int | None, int | None]
-HIDDEN = 200.0  # minus its square is added to a score that must not count: within fp16, and no exponential is left
 
 
 def reference(
@@ -111,17 +110,17 @@ class Longformer(Mixer):
             remembered = ring.append(k, v, pos, padded=mask.valid is not None)
             if not begins:
                 return self._leave(self._streamed(q, *remembered, mask, pos, ring.padded))
-        mask = _by_index(mask, pos)
+        mask = by_index(mask, pos)
         apart = self.global_query is not None or max(self.dilations) > 1
-        slots = _slots(mask.globals) if apart and mask.globals is not None else None
+        slots = slots_of(mask.globals) if apart and mask.globals is not None else None
         parts = [self._near(q[:, run], k[:, run], v[:, run], every, mask, slots) for every, run in self._runs()]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if slots is not None:
             if self.global_query is not None:
-                q, k, v = self.project_global(x, pos, _take(x, slots.at), _take(pos, slots.at))
+                q, k, v = self.project_global(x, pos, take(x, slots.at), take(pos, slots.at))
             else:
-                q = _take(q.transpose(1, 2), slots.at).transpose(1, 2)
-            y = _with_global_rows(y, q, k, v, mask, slots)
+                q = take(q.transpose(1, 2), slots.at).transpose(1, 2)
+            y = with_global_rows(y, q, k, v, mask, slots)
         return self._leave(y)
 
     def glance(
@@ -188,13 +187,13 @@ class Longformer(Mixer):
         """What tokens see in their windows and of the global tokens, for heads of one dilation."""
         every = min(every, q.shape[2])  # from there on a token has only itself in reach
         if every == 1:
-            return attend(q, k, v, replace(mask, window=_narrower(mask.window, self.window)))
+            return attend(q, k, v, replace(mask, window=narrower(mask.window, self.window)))
         fold = Fold(q.shape[0], q.shape[2], every, slots, q.device)
         within, scale = fold.mask(mask, self.window), q.shape[3] ** -0.5
         if slots is None:
             return fold.back(attend(fold(q), fold(k), fold(v), within, scale=scale))
-        hidden, marks = _hiding(mask, slots, q.shape[2])
-        q, k, v = _beside(q, hidden), _beside(k, marks), _beside(v, 0 * marks)
+        hidden, marks = hiding(mask, slots, q.shape[2])
+        q, k, v = beside(q, hidden), beside(k, marks), beside(v, 0 * marks)
         return fold.back(attend(fold(q), fold(k), fold(v), within, scale=scale))[..., : self.head_dim]
 
     def _ring(self, state: State, mask: Mask) -> Ring:
@@ -296,139 +295,3 @@ class Within(Glance):
         """`near`, and in the rows of global tokens what their own queries say."""
         here = self.is_global[:, None, rows, None]
         return near if self.far is None or not bool(here.any()) else torch.where(here, ask(self.far), near)
-
-
-class Slots(NamedTuple):
-    """Where the global tokens of each row stand, padded to the most in a row; `there` is false in the rest."""
-
-    at: Int[Tensor, "B G"]
-    there: Bool[Tensor, "B G"]
-
-
-class Fold:
-    """Tokens as `every` rows of every `every`-th token, the global ones in front of each row, where there are some.
-
-    In front, as sinks, they are seen from every row; behind, as ordinary keys, they are hidden, so as to count once.
-    """
-
-    def __init__(self, rows: int, length: int, every: int, slots: Slots | None, device: torch.device) -> None:
-        self.rows, self.length, self.every, self.slots, self.device = rows, length, every, slots, device
-        self.front = 0 if slots is None else slots.at.shape[1]
-
-    def __call__(self, t: Tensor) -> Tensor:
-        """B H T D -> (B every) H (G + T / every) D"""
-        lack = -self.length % self.every
-        steps = F.pad(t, (0, 0, 0, lack)) if lack else t
-        steps = steps.unflatten(2, (-1, self.every)).permute(0, 3, 1, 2, 4)
-        if self.slots is not None:
-            first = _take(t.transpose(1, 2), self.slots.at).transpose(1, 2)
-            steps = torch.cat([first[:, None].expand(-1, self.every, -1, -1, -1), steps], 3)
-        return steps.flatten(0, 1)
-
-    def back(self, t: Tensor) -> Tensor:
-        """(B every) H (G + T / every) D -> B H T D"""
-        steps = t[:, :, self.front :].unflatten(0, (-1, self.every)).permute(0, 3, 1, 2, 4)
-        return steps.flatten(1, 2)[:, : self.length].transpose(1, 2)
-
-    def mask(self, mask: Mask, window: tuple[int, int]) -> Mask:
-        """The mask over the folded tokens, whose indices count steps."""
-        valid = mask.valid
-        if self.slots is not None:
-            assert mask.globals is not None
-            valid = ~mask.globals if valid is None else valid & ~mask.globals
-        elif valid is None and self.length % self.every:
-            valid = torch.ones(self.rows, self.length, dtype=torch.bool, device=self.device)
-        folded = self._lowered(replace(mask, valid=valid, globals=None))
-        if self.slots is not None:
-            assert folded.valid is not None
-            folded.valid[:, : self.front] = self.slots.there.repeat_interleave(self.every, 0)
-        return replace(folded, window=_narrower(folded.window, window), sinks=self.front)
-
-    def _lowered(self, mask: Mask) -> Mask:
-        """Each fact in steps; the ends of a window are rounded down to whole ones."""
-        left, right = mask.window or (None, None)
-        whole = lambda side: None if side is None else side // self.every
-        return replace(
-            mask,
-            window=None if mask.window is None else (whole(left), whole(right)),
-            sinks=0 if mask.window is None else self.front,
-            globals=self._flat(mask.globals),
-            valid=self._flat(mask.valid),
-            segments=self._flat(mask.segments),
-            key_segments=self._flat(mask.key_segments),
-            also=tuple(self._lowered(other) for other in mask.also),
-        )
-
-    def _flat(self, t: Tensor | None) -> Tensor | None:
-        return None if t is None else self(t[:, None, :, None])[:, 0, :, 0]
-
-
-def _with_global_rows(y: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, slots: Slots) -> Tensor:
-    """`y` with what the global tokens see of all; `q` are their queries."""
-    over_all = replace(_cut(mask, slots.at, None), window=None, globals=None)
-    q_pos, k_pos = slots.at, torch.arange(k.shape[2], device=k.device).expand(len(k), -1)
-    if over_all.facts & {"causal", "window"}:
-        rows = attend(q, k, v, over_all, q_pos=q_pos, k_pos=k_pos)
-    else:
-        rows = attend(q, k, v, over_all)
-    index = slots.at[:, None, :, None].expand_as(rows)
-    return y.scatter(2, index, torch.where(slots.there[:, None, :, None], rows, y.gather(2, index)))
-
-
-def _hiding(mask: Mask, slots: Slots, length: int) -> tuple[Float[Tensor, "B T G"], Float[Tensor, "B T G"]]:
-    """Features beside queries and keys, one a slot, whose product hides from a query the global tokens that it must
-    not see (later ones under a causal mask) and is 0 for all others."""
-    places = torch.arange(length, device=slots.at.device)[None]
-    hidden = ~_cut(mask, None, slots.at).allows(places, slots.at)
-    marks = (slots.at[:, None] == places[..., None]) & slots.there[:, None]
-    return HIDDEN * hidden.expand_as(marks), -HIDDEN * marks
-
-
-def _by_index(mask: Mask, pos: Tensor) -> Mask:
-    """The same mask over indices. Within a sequence they rise as positions do, so that only flags need translation;
-    each tensor gets all rows."""
-    each = lambda t: None if t is None else t.expand(pos.shape[0], -1)
-    return replace(
-        mask,
-        globals=None if mask.globals is None else mask.is_global(pos),
-        valid=each(mask.valid),
-        segments=each(mask.segments),
-        key_segments=each(mask.key_segments),
-        also=tuple(_by_index(other, pos) for other in mask.also),
-    )
-
-
-def _slots(flags: Bool[Tensor, "B T"]) -> Slots | None:
-    size = int(flags.sum(1).max())  # the one question to a tensor's values
-    if size == 0:
-        return None
-    index = flags.int().argsort(dim=1, descending=True, stable=True)[:, :size]
-    return Slots(index, flags.gather(1, index))
-
-
-def _cut(mask: Mask, queries: Tensor | None, keys: Tensor | None) -> Mask:
-    """The mask between the tokens at these indices, all where None."""
-    theirs = mask.segments if mask.key_segments is None else mask.key_segments
-    return replace(
-        mask,
-        valid=_take(mask.valid, keys),
-        segments=_take(mask.segments, queries),
-        key_segments=_take(theirs, keys),
-        also=tuple(_cut(other, queries, keys) for other in mask.also),
-    )
-
-
-def _take(t: Tensor | None, index: Tensor | None) -> Any:
-    """Each row's entries at `index`."""
-    if t is None or index is None:
-        return t
-    return t.gather(1, index.view(*index.shape, *(1,) * (t.ndim - 2)).expand(*index.shape, *t.shape[2:]))
-
-
-def _beside(t: Float[Tensor, "B H T D"], features: Float[Tensor, "B T G"]) -> Float[Tensor, "B H T E"]:
-    return torch.cat([t, features[:, None].expand(-1, t.shape[1], -1, -1).to(t.dtype)], -1)
-
-
-def _narrower(mask: Window | None, own: tuple[int, int]) -> Window | None:
-    """Both are relaxed by the same global tokens, so that they merge."""
-    return (Mask(window=mask) & Mask(window=own)).window
