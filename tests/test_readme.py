@@ -98,6 +98,7 @@ def test_no_import_runs_upward() -> None:
         {"models"},
         {"loaded"},
         {"families", "generate", "use"},
+        {"adapt"},
         {"hub", "recipe", "probe"},
         {"objectives"},
         {"train"},

@@ -1,0 +1,123 @@
+"""A frozen base in 8 bits to train adapters upon (2305.14314 does it in 4): y = x (s W_8)^T + b, weights alone rounded.
+
+Each product turns the whole numbers back into floats, one layer at a time, on the way forward and again on the way
+back, where dL/dx = dL/dy (s W_8) is exact. Memory is one byte a weight instead of four. Rounding: `headway.rounding`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Int8
+from torch import Tensor, nn
+
+from headway.rounding import MIX, blockwise, hadamard, round_weight
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b, where of W nothing but its whole numbers and scales is kept for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor, scales: Tensor, mixing: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rounded, scales, mixing)
+        return F.linear(x, weight_from(rounded, scales, mixing, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        gradient = gradients[0]
+        return gradient @ weight_from(*ctx.saved_tensors, gradient.dtype), None, None, None, None
+
+
+def weight_from(
+    rounded: Int8[Tensor, "N K"], scales: Float[Tensor, " N"], mixing: Float[Tensor, "M M"], dtype: torch.dtype
+) -> Float[Tensor, "N K"]:
+    """The weight that whole numbers and scales stand for."""
+    return blockwise(rounded.to(dtype).mul_(scales[:, None].to(dtype)), mixing.to(dtype))
+
+
+class RoundedLinear(nn.Module):
+    """A frozen linear of 8-bit weights that lets gradients through. Its numbers are buffers: nothing trains them."""
+
+    weight: Tensor
+    rounded: Tensor
+    scales: Tensor
+    mixing: Tensor
+
+    def __init__(
+        self,
+        rounded: Int8[Tensor, "N K"],
+        scales: Float[Tensor, " N"],
+        bias: Tensor | None,
+        mix: int,
+        kind: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = rounded.shape
+        self.register_buffer("rounded", rounded)
+        self.register_buffer("scales", scales)
+        self.register_buffer("mixing", hadamard(self.in_features, mix).to(rounded.device), persistent=False)
+        # all that mixers ask of a weight: its dtype and device
+        self.register_buffer("weight", torch.empty(0, dtype=kind, device=rounded.device), persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return _Product.apply(x, self.rounded, self.scales, self.mixing, bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, int8"
+
+
+class RoundedEmbedding(nn.Module):
+    """Looks rows up in a table of 8-bit weights."""
+
+    weight: Tensor
+    rounded: Tensor
+    scales: Tensor
+    mixing: Tensor
+
+    def __init__(self, rounded: Int8[Tensor, "V C"], scales: Float[Tensor, " V"], mix: int, kind: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("rounded", rounded)
+        self.register_buffer("scales", scales)
+        self.register_buffer("mixing", hadamard(rounded.shape[1], mix).to(rounded.device), persistent=False)
+        self.register_buffer("weight", torch.empty(0, dtype=kind, device=rounded.device), persistent=False)
+
+    def forward(self, ids: Int[Tensor, "*S"]) -> Float[Tensor, "*S C"]:
+        rows = self.rounded[ids].to(self.weight.dtype) * self.scales[ids][..., None].to(self.weight.dtype)
+        return blockwise(rows, self.mixing.to(rows.dtype))
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear, rounded or not."""
+    if isinstance(module, RoundedLinear):
+        return weight_from(module.rounded, module.scales, module.mixing, module.weight.dtype)
+    return module.weight  # type: ignore[return-value]
+
+
+def round_base(net: nn.Module, mix: int = MIX) -> None:
+    """Rounds the weights of all plain linears and embeddings of a network to 8 bits, in place; shared ones once."""
+    done: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def once(weight: Tensor) -> tuple[Tensor, Tensor]:
+        if id(weight) not in done:
+            rounded, scales = round_weight(weight.cpu(), mix)
+            done[id(weight)] = rounded.to(weight.device), scales.to(weight.device)
+        return done[id(weight)]
+
+    made: dict[nn.Module, nn.Module] = {}
+    for parent in list(net.modules()):
+        for name, child in parent._modules.items():
+            if child is None:
+                continue
+            if type(child) is nn.Linear and child not in made:
+                made[child] = RoundedLinear(*once(child.weight), child.bias, mix, child.weight.dtype)
+            elif type(child) is nn.Embedding and child not in made:
+                made[child] = RoundedEmbedding(*once(child.weight), mix, child.weight.dtype)
+            if child in made:
+                made[child].train(child.training)
+                parent._modules[name] = made[child]
