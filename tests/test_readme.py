@@ -80,7 +80,7 @@ def test_every_figure_of_the_readme_comes_from_a_bench() -> None:
 
 
 def test_the_public_names_are_these() -> None:
-    assert headway.__all__ == ["Mask", "__version__", "attend", "compare", "load", "look", "testing", "train"]
+    assert headway.__all__ == ["Mask", "__version__", "attend", "compare", "load", "look", "swap", "testing", "train"]
     for name in headway.__all__:
         assert getattr(headway, name) is not None
     assert callable(headway.attend) and callable(headway.train) and callable(headway.compare)
@@ -103,6 +103,7 @@ def test_no_import_runs_upward() -> None:
         {"objectives"},
         {"train"},
         {"compare", "testing"},
+        {"swap"},
         {"display"},
         {"commands"},
         {"cli"},

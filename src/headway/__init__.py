@@ -11,27 +11,32 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headway.adapt import public as adapt
     from headway.attend import attend as attend
     from headway.compare import compare as compare
     from headway.hub import load as load
     from headway.mask import Mask as Mask
     from headway.probe.look import look as look
+    from headway.swap import swap as swap
     from headway.train import train as train
 
     from . import testing as testing
 
 __version__ = "0.1.0"
-__all__ = ["Mask", "__version__", "attend", "compare", "load", "look", "testing", "train"]
+__all__ = ["Mask", "__version__", "adapt", "attend", "compare", "load", "look", "swap", "testing", "train"]
 
 _HOME = {
     "Mask": "mask",
+    "adapt": "adapt",
     "attend": "attend",
     "compare": "compare",
     "load": "hub",
     "look": "probe.look",
+    "swap": "swap",
     "testing": None,
     "train": "train",
 }
+PUBLIC = {"adapt": "public"}  # what stands for the whole room, which can be called
 
 
 class _Package(ModuleType):
@@ -48,7 +53,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'headway' has no attribute '{name}'")
     home = _HOME[name]
     module = importlib.import_module(f"headway.{home or name}")
-    value = getattr(module, name) if home else module
+    value = getattr(module, PUBLIC.get(name, name)) if home else module
     setattr(sys.modules[__name__], name, value)
     return value
 

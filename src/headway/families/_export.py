@@ -8,10 +8,12 @@ from typing import Any
 import msgspec
 
 from headway import families
+from headway.families import Published
 from headway.families._sentence import sentence_files
 from headway.heads import HeadSpec
 from headway.image import to_published
 from headway.loaded import Loaded
+from headway.mixers import options
 from headway.spec import convert
 from headway.transfer import published
 from headway.vocabulary import PublishedTokenizer
@@ -20,13 +22,7 @@ from headway.weights import write_weights
 
 def export(model: Loaded, folder: Path) -> None:
     """A folder that transformers loads, atomically."""
-    if not model.facts.family:
-        raise ValueError("save: this model is of no published family, so transformers cannot load it: format='headway'")
-    spec = msgspec.to_builtins(model.spec)
-    family = families.family(model.facts.family)
-    config = family.write(spec, model.facts)
-    found = families.read(config, "config.json")
-    _same_heads(spec.get("heads", {}), msgspec.to_builtins(found.spec).get("heads", {}), config)
+    found, config, spec = published_form(model)
     files = {"config.json": config}
     if isinstance(model.source, PublishedTokenizer):
         files |= model.source.files()
@@ -36,6 +32,31 @@ def export(model: Loaded, folder: Path) -> None:
         files["preprocessor_config.json"] = to_published(model.image)
     records = {name.removesuffix(".json"): record for name, record in files.items()}
     write_weights(folder, published(model.net, found.rules), records=records)
+
+
+def published_form(model: Loaded) -> tuple[Published, dict[str, Any], dict[str, Any]]:
+    """What a model is as its family publishes it, its config.json, and its spec as plain data."""
+    if not model.facts.family:
+        raise ValueError("save: this model is of no published family, so transformers cannot load it: format='headway'")
+    spec = msgspec.to_builtins(model.spec)
+    config = families.family(model.facts.family).write(spec, model.facts)
+    found = families.read(config, "config.json")
+    _same_heads(spec.get("heads", {}), msgspec.to_builtins(found.spec).get("heads", {}), config)
+    return found, config, spec
+
+
+def _mixers_of(spec: dict[str, Any]) -> list[Any]:
+    """The options of every layer's mixer, those that are left out, too."""
+    if "towers" in spec:
+        return [_mixers_of(tower) for tower in spec["towers"].values()]
+    stacks = [spec[name] for name in ("stack", "encoder", "decoder") if name in spec]
+    blocks = [block for stack in stacks for block in [*stack["blocks"]] * stack.get("repeat", 1)]
+    return [None if block.get("mixer") is None else msgspec.to_builtins(options(block["mixer"])[1]) for block in blocks]
+
+
+def _other_mixers(family: str) -> ValueError:
+    return ValueError(f"save: some layers mix their tokens otherwise than transformers' {family} does, which would "
+                      "compute something else: save with format='headway'")  # fmt: skip
 
 
 def _same_heads(ours: dict[str, Any], theirs: dict[str, Any], config: dict[str, Any]) -> None:
