@@ -1,0 +1,111 @@
+"""Contest: many mixers, one task, one budget: who reaches what, at what cost; and whom nobody beats in both.
+
+Every contestant has the same width, depth, positions, optimizer and number of rows. What a mixer cannot do is a row
+that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+from headway.compare import tasks, trial
+from headway.compare.trial import Outcome, Trial
+from headway.recipe import OptimizerSpec
+from headway.spec import Strict
+
+Mixers = tuple[dict[str, Any], ...]  # of the layers, in turn
+RATES = OptimizerSpec(lr=5e-3, matrix_lr=0.02, warmup=20, weight_decay=0.0)  # MQAR in a hundred steps, by attention
+
+
+class Entry(Strict, frozen=True):
+    """One contestant's trial and its outcome, or why there is none."""
+
+    title: str
+    trial: Trial
+    outcome: Outcome | None = None
+    refused: str | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """At the length it was trained at."""
+        return None if self.outcome is None else self.outcome.accuracy[self.trial.length]
+
+
+def contestants(length: int, heads: int = 1, own: Sequence[dict[str, Any] | str] = ()) -> dict[str, Mixers]:
+    """Headway's mixers by title, for rows of `length` tokens, then the user's own; windows, ranks and kernels are a
+    share of the length."""
+    quarter = max(1, length // 4)
+    few: dict[str, dict[str, Any]] = {
+        "attention": {"name": "attention", "heads": heads},
+        f"attention, window {quarter}": {"name": "attention", "heads": heads, "window": [quarter, 0]},
+        f"longformer ±{quarter}": {"name": "longformer", "heads": heads, "window": quarter},
+        f"linformer, rank {quarter}": {"name": "linformer", "heads": heads, "rank": quarter, "length": length},
+        "performer": {"name": "performer", "heads": heads},
+        **{
+            f"linear, {kind}": {"name": "linear", "kind": kind, "heads": heads}
+            for kind in ("plain", "retention", "gated", "delta")
+        },
+        "state space": {"name": "ssm", "state_size": 64},
+        "LSTM": {"name": "rnn"},
+        "GRU": {"name": "rnn", "cell": "gru"},
+        "convolution of 3": {"name": "conv"},
+        GATED: {"name": "conv", "kernel": length, "depthwise": True, "decay": True},
+        "average": {"name": "average"},
+        "Fourier": {"name": "fourier"},
+        "no mixing": {"name": "identity"},
+    }
+    titled = [({"name": one} if isinstance(one, str) else one) for one in own]
+    return {**{title: (one,) for title, one in few.items()}, **{one["name"]: (one,) for one in titled}}
+
+
+GATED = "gated convolution, full length"
+
+
+def hold(
+    wanted: Mapping[str, Trial],
+    device: torch.device | str = "cpu",
+    tell: Callable[[str, float], None] = lambda line, share: None,
+) -> list[Entry]:
+    """Every trial in turn; `tell` hears what is running and what share of all steps is done."""
+    steps, before, entries = sum(one.steps for one in wanted.values()), 0, []
+    for title, one in wanted.items():
+        heard = lambda done, of, title=title, before=before: tell(title, (before + done) / steps)
+        try:
+            entries.append(Entry(title=title, trial=one, outcome=trial.run(one, device, heard)))
+        except ValueError as error:
+            entries.append(Entry(title=title, trial=one, refused=" ".join(str(error).split())))
+        before += one.steps
+    return entries
+
+
+def each(base: Trial, mixers: Mapping[str, Mixers], **changed: Any) -> dict[str, Trial]:
+    """The same trial for every contestant."""
+    return {title: msgspec.structs.replace(base, mixers=one, **changed) for title, one in mixers.items()}
+
+
+def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Titles of the (cost, quality) points that no other beats: none is as good for less, or better for as much."""
+    kept, best = [], float("-inf")
+    for title, (_, quality) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if quality > best:
+            kept.append(title)
+            best = quality
+    return kept
+
+
+def spread(values: Iterable[float]) -> tuple[float, float, float]:
+    """Mean, least and greatest."""
+    found = list(values)
+    return sum(found) / len(found), min(found), max(found)
+
+
+def beyond_chance(entry: Entry, length: int | None = None) -> float:
+    """How many standard errors an accuracy stands above chance."""
+    assert entry.outcome is not None
+    at = length or entry.trial.length
+    chance = tasks.build(entry.trial.task).chance(at)
+    return (entry.outcome.accuracy[at] - chance) / entry.outcome.error(at)
