@@ -80,7 +80,18 @@ def test_every_figure_of_the_readme_comes_from_a_bench() -> None:
 
 
 def test_the_public_names_are_these() -> None:
-    assert headway.__all__ == ["Mask", "__version__", "attend", "compare", "load", "look", "swap", "testing", "train"]
+    assert headway.__all__ == [
+        "Mask",
+        "__version__",
+        "adapt",
+        "attend",
+        "compare",
+        "load",
+        "look",
+        "swap",
+        "testing",
+        "train",
+    ]
     for name in headway.__all__:
         assert getattr(headway, name) is not None
     assert callable(headway.attend) and callable(headway.train) and callable(headway.compare)

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headway.adapt import public as adapt
+    from headway.adapt import adapt as adapt
     from headway.attend import attend as attend
     from headway.compare import compare as compare
     from headway.hub import load as load
@@ -36,7 +36,6 @@ _HOME = {
     "testing": None,
     "train": "train",
 }
-PUBLIC = {"adapt": "public"}  # what stands for the whole room, which can be called
 
 
 class _Package(ModuleType):
@@ -53,7 +52,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'headway' has no attribute '{name}'")
     home = _HOME[name]
     module = importlib.import_module(f"headway.{home or name}")
-    value = getattr(module, PUBLIC.get(name, name)) if home else module
+    value = getattr(module, name) if home else module
     setattr(sys.modules[__name__], name, value)
     return value
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -106,9 +108,9 @@ class Dropout(nn.Module):
         return x * ((drawn >= dropped) * (256 / (256 - dropped))).to(x.dtype)
 
 
-def residual_output(linear: nn.Linear) -> nn.Linear:
+def residual_output(linear: Any) -> Any:
     """Marks the last map of a residual branch, which starts smaller (see `initialise`)."""
-    linear.is_residual_output = True  # type: ignore[assignment]
+    linear.is_residual_output = True
     return linear
 
 

@@ -38,6 +38,8 @@ def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = to
     """
     _check(net, quantize, dtype, mix)
     _give_back()
+    trained = {name for name, parameter in net.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    net.trained = trained  # type: ignore[assignment]  # for `restore`: a base that adapters stand on is frozen
     net.requires_grad_(False).eval()
     _join(net, dtype, mix)
     if quantize:
@@ -104,7 +106,8 @@ def restore(net: nn.Module) -> None:
         raise ValueError("int8 weights are rounded and cannot be restored: load the model again, without quantize")
     _replace(_places(net), {module: module.unpacked() for module in held if isinstance(module, PackedLinear)})
     _replace(_places(net), {module: module.apart() for module in net.modules() if isinstance(module, Part)})
-    net.requires_grad_(True)
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(name in net.trained)  # type: ignore[operator]
 
 
 def _worth(net: nn.Module) -> list[nn.Linear]:

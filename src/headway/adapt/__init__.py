@@ -15,24 +15,30 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
-from torch import Tensor, nn
+from torch import nn
 
 from headway.adapt import _targets
 from headway.adapt._base import (
-    INSIDE,
     Adaptation,
     Adapter,
     Record,
     adaptation_of,
     adapted,
+    known_of,
+    network_of,
+    plain,
     put,
+    state,
     take,
 )
+from headway.adapt._files import attach, save
+from headway.adapt._hash import base_hash
 from headway.adapt._int8 import round_base
-from headway.quantize import is_prepared, restore
+from headway.adapt._merge import Merged, fold, merge, unmerge
 from headway.spec import convert, nearest
 
-__all__ = ["Adapter", "adapt", "bare", "methods", "remove", "state", "use"]
+__all__ = ["Adapter", "Merged", "adapt", "attach", "bare", "fold", "merge", "methods", "remove", "save", "state",
+           "unmerge", "use"]  # fmt: skip
 M = TypeVar("M")
 
 
@@ -41,7 +47,7 @@ def methods() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def adapt(
+def _adapt(
     model: M,
     method: str,
     *,
@@ -57,25 +63,30 @@ def adapt(
     with it. quantize: "int8" rounds the frozen weights to 8 bits. options: the method's own. Raises a ValueError
     before anything is changed.
     """
-    net = network_of(model)
+    net = plain(model)
     kind = find_method(method)
     how = _options(kind, method, options)
     known = adaptation_of(net) or Adaptation()
     _check(net, known, name, heads, quantize)
-    patterns = kind.TARGETS if targets is None else (targets,) if isinstance(targets, str) else tuple(targets)
-    find = lambda: _targets.find(net, patterns, kind.fits, who=method, strict=targets is not None)
-    made = [(place, kind(place.module, place.outputs, **how)) for place in find()]  # type: ignore[call-arg]
+    given = kind.targets(how) if targets is None else (targets,) if isinstance(targets, str) else tuple(targets)
+    patterns = _targets.meant(net, given, kind.fits) if targets is None else given
+    find = lambda: _targets.find(net, patterns, kind.fits, who=method) if patterns else []
+    made = _made(net, kind, find(), how)
+    if not made and not heads:
+        raise ValueError(f"adapt: {method} trains nothing but new heads, and none is named: heads=('classify',)")
     if quantize and known.quantize is None:
-        round_base(net)
-        made = [(place, kind(place.module, place.outputs, **how)) for place in find()]  # type: ignore[call-arg]
+        known.base = base_hash(net)  # of the weights before they are rounded, which it shall fit, too
+        round_base(net, apart=[f"heads.{head}" for head in heads])
+        made = _made(net, kind, find(), how)
         known.quantize = quantize
     net.requires_grad_(False)
+    net.adaptation = known
     for place, adapter in made:
-        put(place.module, known, name, place.part, adapter)
+        put(place.module, known, name, place.part, adapter, place.name)
     for head in heads:
         net.heads[head].requires_grad_(True)
     known.records[name] = Record(method=method, targets=tuple(patterns), options=how, heads=tuple(heads))
-    known.weights, known.rows = {name: 1.0}, None
+    known.choose({name: 1.0})
     return model
 
 
@@ -86,7 +97,8 @@ def use(
 
     rows: one adapter (or None) for each row of the batches that follow, all of which then have so many rows.
     """
-    known = _known(model)
+    known = known_of(model)
+    given: dict[str, float]
     given = {names: 1.0} if isinstance(names, str) else dict(names) if isinstance(names, Mapping) else {}
     given = given or dict.fromkeys(names, 1.0)
     if rows is not None and given:
@@ -97,13 +109,14 @@ def use(
     if known.merged:
         raise ValueError("adapters are merged into the weights: headway.adapt.unmerge(model) before others can act")
     _check_rows(network_of(model), set(rows or ()))
-    known.weights, known.rows = given, None if rows is None else tuple(rows)
+    _check_alone(network_of(model), given)
+    known.choose(given, None if rows is None else tuple(rows))
 
 
 @contextmanager
 def bare(model: Any) -> Iterator[None]:
     """No adapter acts inside the block: the model is what it was before, to the bit; new heads stay as they are."""
-    known = _known(model)
+    known = known_of(model)
     if known.merged:
         raise ValueError("adapters are merged into the weights: headway.adapt.unmerge(model) to have the bare model")
     known.off += 1
@@ -115,37 +128,15 @@ def bare(model: Any) -> Iterator[None]:
 
 def remove(model: Any, name: str) -> None:
     """Takes an adapter away for good."""
-    known = _known(model)
+    known = known_of(model)
     if name not in known.records:
         raise ValueError(f"this model has no adapter '{name}'{nearest(name, known.records)}")
     for _, module in adapted(network_of(model)):
         take(module, name)
     del known.records[name]
-    known.weights.pop(name, None)
-    known.rows = None
-
-
-def state(model: Any, name: str | None = None) -> dict[str, Tensor]:
-    """What is an adapter's, by name in the network's `state_dict`: its parameters, and the heads that train with it.
-
-    Default: of all adapters.
-    """
-    net, known = network_of(model), _known(model)
-    names = [name] if name is not None else list(known.records)
-    heads = {f"heads.{head}." for one in names for head in known.records[one].heads}
-    return {
-        key: tensor
-        for key, tensor in net.state_dict().items()
-        if any(f"{INSIDE}{one}." in key for one in names) or any(key.startswith(head) for head in heads)
-    }
-
-
-def network_of(model: Any) -> Any:
-    """The network of a loaded model, or the network itself, with its weights as PyTorch holds them."""
-    net = model if isinstance(model, nn.Module) else model.net
-    if is_prepared(net):
-        restore(net)
-    return net
+    if not known.records and known.quantize is None:
+        del network_of(model).adaptation
+    known.choose({one: amount for one, amount in known.weights.items() if one != name})
 
 
 def find_method(method: str) -> type[Adapter]:
@@ -153,6 +144,12 @@ def find_method(method: str) -> type[Adapter]:
     if method not in methods():
         raise ValueError(f"adapt: no method '{method}'{nearest(method, methods())}")
     return importlib.import_module(f"{__name__}.{method}").Method
+
+
+def _made(net: nn.Module, kind: type[Adapter], found: list[_targets.Place], how: dict[str, Any]) -> list[Any]:
+    """The adapters of a method, each with its place."""
+    made = [(place, kind(place.module, place.outputs, **how)) for place in found]  # type: ignore[call-arg]
+    return [*made, *kind.beside(net, found, how)]
 
 
 def _options(kind: type[Adapter], method: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -192,8 +189,27 @@ def _check_rows(net: nn.Module, names: set[str | None]) -> None:
                                      "answer its rows in a batch of their own")  # fmt: skip
 
 
-def _known(model: Any) -> Adaptation:
-    known = adaptation_of(network_of(model))
-    if known is None:
-        raise ValueError("this model has no adapter: headway.adapt(model, method, ...) gives it one")
-    return known
+def _check_alone(net: nn.Module, weights: Mapping[str, float]) -> None:
+    """Some methods act whole, and no two of them at one place."""
+    for _, module in adapted(net):
+        names = [name for name in weights if name in module.adapters]
+        alone = {name for name in names for adapter in module.adapters[name].values() if adapter.ALONE}  # type: ignore[operator]
+        for name in alone:
+            if weights[name] != 1 or len(names) > 1:
+                method = type(next(iter(module.adapters[name].values()))).__module__.rpartition(".")[2]  # type: ignore[operator]
+                raise ValueError(f"use: {method} adapters act alone and whole, and '{name}' would act with weight "
+                                 f"{weights[name]:g} beside {len(names) - 1} others: choose one")  # fmt: skip
+
+
+class Adapt:
+    """`headway.adapt` itself: called, it gives a model an adapter; what else is done with adapters stands
+    beside, as `headway.adapt.use`."""
+
+    __call__ = staticmethod(_adapt)
+    attach, save = staticmethod(attach), staticmethod(save)
+    bare, use, remove = staticmethod(bare), staticmethod(use), staticmethod(remove)
+    merge, unmerge, fold = staticmethod(merge), staticmethod(unmerge), staticmethod(fold)
+    methods, state = staticmethod(methods), staticmethod(state)
+
+
+adapt = Adapt()

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from headway.quantize import is_prepared, restore
 from headway.spec import Strict
 
 INSIDE = ".adapters."  # what stands behind it in a name is an adapter's
@@ -24,13 +25,28 @@ class Adapter(nn.Module):
     keyword arguments of its `__init__`, behind `module` (which it must not keep) and `outputs`: the outputs of a linear
     that several share, of which it changes these alone (None: all).
 
-    TARGETS: patterns of the modules it stands at, where the user names none. BY_ROW: whether the rows of a batch can
-    have adapters of their own. Parameters are in fp32 and start so that nothing is changed. Override `delta`, or
-    `around` where what is changed is no sum; and `merge` where it can become part of the weights.
+    TARGETS: patterns of the modules it stands at, where the user names none; `targets` where they depend on options.
+    BY_ROW: whether the rows of a batch can have adapters of their own. ALONE: whether it acts whole, and no other of
+    its method beside it. place: the name of the module, once it stands there.
+
+    Parameters are in fp32 and start so that nothing is changed. Override `delta`, or `around` where what is changed is
+    no sum; and `merge` where it can become part of the weights.
     """
 
     TARGETS: ClassVar[tuple[str, ...]] = ()
     BY_ROW: ClassVar[bool] = True
+    ALONE: ClassVar[bool] = False
+    place: str = ""
+
+    @classmethod
+    def targets(cls, options: dict[str, Any]) -> tuple[str, ...]:
+        """The patterns of its modules where the user names none."""
+        return cls.TARGETS
+
+    @classmethod
+    def beside(cls, net: nn.Module, places: list[Any], options: dict[str, Any]) -> list[tuple[Any, Adapter]]:
+        """Adapters of other methods that an option asks for, with their places."""
+        return []
 
     @classmethod
     def fits(cls, module: nn.Module, name: str) -> bool:
@@ -55,13 +71,26 @@ class Adapter(nn.Module):
         )
 
     @classmethod
-    def of_rows(cls, adapters: Sequence[Any], which: Int[Tensor, " B"], x: Tensor, y: Tensor) -> Tensor:
-        """y with row i changed by `adapters[which[i]]`; by none where it is negative."""
-        for i, adapter in enumerate(adapters):
-            rows = which.eq(i).nonzero()[:, 0]
-            if len(rows):
+    def of_rows(
+        cls,
+        adapters: Sequence[Any],
+        which: Int[Tensor, " B"],
+        call: Callable[..., Tensor],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """`around` where row i of the batch has `adapters[which[i]]`, or none where it is negative."""
+        if cls.delta is not Adapter.delta:
+            y = call(x, *args, **kwargs)
+            for i, adapter in enumerate(adapters):
+                rows = which.eq(i).nonzero()[:, 0]
                 y = y.index_add(0, rows, adapter.delta(x[rows], y[rows]))
-        return y
+            return y
+        calls = [partial(adapter.around, call, 1.0) for adapter in adapters]
+        groups = [which.eq(i).nonzero()[:, 0] for i in range(-1, len(adapters))]
+        found = [one(x[rows], *args, **kwargs) for one, rows in zip([call, *calls], groups, strict=True)]
+        return torch.cat(found)[torch.cat(groups).argsort()]
 
 
 class Record(Strict, frozen=True):
@@ -85,11 +114,19 @@ class Adaptation:
         self.merged = False
         self.base = ""  # the hash of the network as it was before
         self.quantize: str | None = None
+        self._which: dict[tuple[Any, ...], Tensor] = {}
+
+    def choose(self, weights: dict[str, float], rows: tuple[str | None, ...] | None = None) -> None:
+        """Says which act from now on: on all rows, or on each its own."""
+        self.weights, self.rows, self._which = weights, rows, {}
 
     def which(self, names: Sequence[str], device: torch.device) -> Int[Tensor, " B"]:
         """For each row of the batch, which of the names it has, or -1."""
         assert self.rows is not None
-        return torch.tensor([names.index(row) if row in names else -1 for row in self.rows], device=device)
+        if (key := (*names, device)) not in self._which:
+            found = [names.index(row) if row in names else -1 for row in self.rows]
+            self._which[key] = torch.tensor(found, device=device)
+        return self._which[key]
 
 
 class Adapted(nn.Module):
@@ -104,28 +141,27 @@ class Adapted(nn.Module):
         if now.off or now.merged:
             return call(*args, **kwargs)
         if now.rows is not None:
-            return self._by_row(call(*args, **kwargs), args[0])
+            return self._by_row(now.rows, call, *args, **kwargs)
         for name, amount in now.weights.items():
             if name in self.adapters:
                 for adapter in self.adapters[name].values():  # type: ignore[operator]
                     call = partial(adapter.around, call, amount)
         return call(*args, **kwargs)
 
-    def _by_row(self, y: Any, x: Any) -> Any:
+    def _by_row(self, rows: Sequence[str | None], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Adapters of one kind at one part of the outputs are applied to all rows together."""
-        rows = self.adaptation.rows or ()
-        names = [name for name in dict.fromkeys(rows) if name is not None and name in self.adapters]
         groups: dict[tuple[type[Adapter], str], dict[str, Adapter]] = {}
-        for name in names:
-            for part, adapter in self.adapters[name].items():  # type: ignore[operator]
-                groups.setdefault((type(adapter), part), {})[name] = adapter
-        if names and len(rows) != x.shape[0]:
-            raise ValueError(f"adapters were chosen for {len(rows)} rows, and this batch has {x.shape[0]}: choose one "
-                             "for each row with headway.adapt.use(model, rows=...)")  # fmt: skip
+        for name in dict.fromkeys(rows):
+            if name is not None and name in self.adapters:
+                for part, adapter in self.adapters[name].items():  # type: ignore[operator]
+                    groups.setdefault((type(adapter), part), {})[name] = adapter
+        if groups and len(rows) != len(args[0]):
+            raise ValueError(f"adapters were chosen for {len(rows)} rows, and this batch has {len(args[0])}: choose "
+                             "one for each row with headway.adapt.use(model, rows=...)")  # fmt: skip
         for (kind, _), group in groups.items():
-            which = self.adaptation.which(list(group), x.device)
-            y = kind.of_rows(list(group.values()), which, x, y)
-        return y
+            which = self.adaptation.which(list(group), args[0].device)
+            call = partial(kind.of_rows, list(group.values()), which, call)
+        return call(*args, **kwargs)
 
 
 @cache
@@ -138,8 +174,9 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return module.own if isinstance(module, Adapted) else type(module)
 
 
-def put(module: nn.Module, adaptation: Adaptation, name: str, part: str, adapter: Adapter) -> None:
-    """Has an adapter stand at a module."""
+def put(module: nn.Module, adaptation: Adaptation, name: str, part: str, adapter: Adapter, place: str) -> None:
+    """Has an adapter stand at a module, which is called `place` in the network."""
+    adapter.place = place
     if not isinstance(module, Adapted):
         module.adapters, module.adaptation = nn.ModuleDict(), adaptation  # type: ignore[assignment]
         module.__class__ = _adapted(type(module))
@@ -149,7 +186,7 @@ def put(module: nn.Module, adaptation: Adaptation, name: str, part: str, adapter
     held[name][part] = adapter.train(module.training)
 
 
-def take(module: Adapted, name: str) -> None:
+def take(module: Any, name: str) -> None:
     """Removes the adapters of a name; a module without any has its own class again."""
     if name in module.adapters:
         del module.adapters[name]
@@ -165,4 +202,40 @@ def adapted(net: nn.Module) -> list[tuple[str, Adapted]]:
 
 def adaptation_of(net: nn.Module) -> Adaptation | None:
     """What is known of a network's adapters; None where it has none."""
-    return next((module.adaptation for _, module in adapted(net)), None)
+    return vars(net).get("adaptation")
+
+
+def network_of(model: Any) -> Any:
+    """The network of a loaded model, or the network itself."""
+    return model if isinstance(model, nn.Module) else model.net
+
+
+def plain(model: Any) -> Any:
+    """The network with its weights as PyTorch holds them, where it was laid out for this CPU."""
+    net = network_of(model)
+    if is_prepared(net):
+        restore(net)
+    return net
+
+
+def known_of(model: Any) -> Adaptation:
+    """What is known of a model's adapters, of which it has one at least."""
+    known = adaptation_of(network_of(model))
+    if known is None:
+        raise ValueError("this model has no adapter: headway.adapt(model, method, ...) gives it one")
+    return known
+
+
+def state(model: Any, name: str | None = None) -> dict[str, Tensor]:
+    """What is an adapter's, by name in the network's `state_dict`: its parameters, and the heads that train with it.
+
+    Default: of all adapters.
+    """
+    net, known = network_of(model), known_of(model)
+    names = [name] if name is not None else list(known.records)
+    heads = {f"heads.{head}." for one in names for head in known.records[one].heads}
+    return {
+        key: tensor
+        for key, tensor in net.state_dict().items()
+        if any(f"{INSIDE}{one}." in f".{key}" for one in names) or any(key.startswith(head) for head in heads)
+    }

@@ -6,6 +6,7 @@ back, where dL/dx = dL/dy (s W_8) is exact. Memory is one byte a weight instead 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Int8
 from torch import Tensor, nn
 
+from headway.adapt._base import put
+from headway.layers import residual_output
 from headway.rounding import MIX, blockwise, hadamard, round_weight
+
+TOKENS = ("embedding", "source", "target")  # what models call their tables of tokens
 
 
 class _Product(torch.autograd.Function):
@@ -66,7 +71,8 @@ class RoundedLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _Product.apply(x, self.rounded, self.scales, self.mixing, bias)
+        y = _Product.apply(x.flatten(0, -2), self.rounded, self.scales, self.mixing, bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, int8"
@@ -93,14 +99,17 @@ class RoundedEmbedding(nn.Module):
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The weight of a linear, rounded or not."""
-    if isinstance(module, RoundedLinear):
+    """The weight of a linear or a table, rounded or not."""
+    if isinstance(module, RoundedLinear | RoundedEmbedding):
         return weight_from(module.rounded, module.scales, module.mixing, module.weight.dtype)
     return module.weight  # type: ignore[return-value]
 
 
-def round_base(net: nn.Module, mix: int = MIX) -> None:
-    """Rounds the weights of all plain linears and embeddings of a network to 8 bits, in place; shared ones once."""
+def round_base(net: nn.Module, mix: int = MIX, apart: Sequence[str] = ()) -> None:
+    """Rounds the weights of linears and token embeddings of a network to 8 bits, in place; shared ones once.
+
+    What lies in a module named in `apart` stays. Tables that models read as they are (of positions, types) stay, too.
+    """
     done: dict[int, tuple[Tensor, Tensor]] = {}
 
     def once(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,14 +119,25 @@ def round_base(net: nn.Module, mix: int = MIX) -> None:
         return done[id(weight)]
 
     made: dict[nn.Module, nn.Module] = {}
-    for parent in list(net.modules()):
+    for where, parent in list(net.named_modules()):
         for name, child in parent._modules.items():
-            if child is None:
+            if child is None or any(f"{where}.{name}.".startswith(f"{one}.") for one in apart):
                 continue
             if type(child) is nn.Linear and child not in made:
                 made[child] = RoundedLinear(*once(child.weight), child.bias, mix, child.weight.dtype)
-            elif type(child) is nn.Embedding and child not in made:
+                if getattr(child, "is_residual_output", False):
+                    residual_output(made[child])
+            elif type(child) is nn.Embedding and name in TOKENS and child not in made:
                 made[child] = RoundedEmbedding(*once(child.weight), mix, child.weight.dtype)
             if child in made:
                 made[child].train(child.training)
                 parent._modules[name] = made[child]
+
+
+def move_adapters(old: nn.Module, new: nn.Module) -> None:
+    """Has the adapters of a module stand at another that takes its place."""
+    if "adapters" in old._modules:
+        for name, parts in old.adapters.items():  # type: ignore[operator,union-attr]
+            for part, adapter in parts.items():
+                adapter.linear = (new,)
+                put(new, old.adaptation, name, part, adapter, adapter.place)  # type: ignore[arg-type]

@@ -57,24 +57,25 @@ def places(net: nn.Module, fits: Callable[[nn.Module, str], bool]) -> Iterator[P
             yield Place(name, module, part, slice(i * half, (i + 1) * half), f"{stem}{dot}{part}")  # type: ignore[operator]
 
 
-def find(
-    net: nn.Module, patterns: Sequence[str], fits: Callable[[nn.Module, str], bool], *, who: str, strict: bool = True
-) -> list[Place]:
+def find(net: nn.Module, patterns: Sequence[str], fits: Callable[[nn.Module, str], bool], *, who: str) -> list[Place]:
     """The places that any pattern means, in the network's order; a whole module goes before its parts.
 
-    Each pattern, and each choice of a brace, has to mean something, unless not `strict`; then all together must.
+    Each pattern, and each choice of a brace, has to mean something.
     """
     there = list(places(net, fits))
-    found: dict[tuple[str, str], Place] = {}
-    for pattern in patterns:
-        for one in expand(pattern):
-            meant = [place for place in there if _means(one, place.shown)]
-            if not meant and strict:
-                raise ValueError(_nothing(one, there, who))
-            found |= {(place.name, place.part): place for place in meant}
-    if not found:
-        raise ValueError(_nothing(", ".join(patterns), there, who))
+    found: set[tuple[str, str]] = set()
+    for one in (one for pattern in patterns for one in expand(pattern)):
+        names = {(place.name, place.part) for place in there if _means(one, place.shown)}
+        if not names:
+            raise ValueError(_nothing(one, there, who))
+        found |= names
     return [p for p in there if (p.name, p.part) in found and (p.part == WHOLE or (p.name, WHOLE) not in found)]
+
+
+def meant(net: nn.Module, patterns: Sequence[str], fits: Callable[[nn.Module, str], bool]) -> tuple[str, ...]:
+    """Those of the patterns, and of the choices of their braces, that mean something here; all, if none does."""
+    there, every = list(places(net, fits)), [one for pattern in patterns for one in expand(pattern)]
+    return tuple(one for one in every if any(_means(one, place.shown) for place in there)) or tuple(every)
 
 
 def matches(pattern: str, name: str) -> bool:

