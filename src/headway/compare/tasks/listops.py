@@ -8,6 +8,7 @@ all of it are drawn again: at 2,000 tokens, the published 500 to 2,000.
 from __future__ import annotations
 
 import random as plain
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Annotated, ClassVar
 
@@ -81,25 +82,33 @@ class Listops(Task, frozen=True):
         """Ids of an expression of `least` to `most` tokens, and its value."""
         while True:
             tokens: list[int] = []
-            found = self._grow(draw, 1, tokens, most)
-            if found is not None and least <= len(tokens) <= most:
+            found = self._grow(draw.random, tokens, most)
+            if found is not None and len(tokens) >= least:
                 return tokens, found
 
-    def _grow(self, draw: plain.Random, depth: int, tokens: list[int], most: int) -> int | None:
-        """Adds a node to `tokens` and gives its value; None where it grows past `most` tokens."""
-        if depth >= self.depth or draw.random() < DIGITS:
-            digit = int(10 * draw.random())
-            tokens.append(DIGIT + digit)
-            return digit
-        operator, numbers = int(len(OPERATORS) * draw.random()), []
-        tokens.append(OPERATOR + operator)
-        for _ in range(2 + int((self.arguments - 1) * draw.random())):
-            number = self._grow(draw, depth + 1, tokens, most)
-            if number is None or len(tokens) >= most:
-                return None
-            numbers.append(number)
-        tokens.append(CLOSE)
-        return value(operator, numbers)
+    def _grow(self, drawn: Callable[[], float], tokens: list[int], most: int) -> int | None:
+        """Writes one expression into `tokens` and gives its value; None where it needs more than `most` tokens."""
+        open_: list[tuple[int, int, list[int]]] = []  # operators, how many numbers each takes, and those it has
+        while len(tokens) + len(open_) < most:
+            if len(open_) + 1 >= self.depth or drawn() < DIGITS:
+                number = int(10 * drawn())
+                tokens.append(DIGIT + number)
+            else:
+                operator = int(len(OPERATORS) * drawn())
+                tokens.append(OPERATOR + operator)
+                open_.append((operator, 2 + int((self.arguments - 1) * drawn()), []))
+                continue
+            while open_:
+                operator, many, numbers = open_[-1]
+                numbers.append(number)
+                if len(numbers) < many:
+                    break
+                tokens.append(CLOSE)
+                number = value(operator, numbers)
+                open_.pop()
+            else:
+                return number
+        return None
 
 
 @lru_cache

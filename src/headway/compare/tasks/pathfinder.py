@@ -18,11 +18,11 @@ from msgspec import Meta
 from headway.compare.tasks import Batch, Task, of_rows
 
 GROUND, DASH, DOT = 0, 1, 2
-STEP, TURN = 3.0, 0.5  # pixels from dash to dash, one of them a gap; the most that a curve turns there, in radians
+STEP, TURN = 2.0, 0.4  # pixels from dash to dash, half of them a gap; the most that a curve turns there, in radians
 APART = 2  # pixels around a curve, as wide as its own gaps, that no other may enter
-TRIES, BEGUN = 20, 2000  # of one curve, before its picture is begun again; and of a picture, before it is given up
+TURNS, TRIES, BEGUN = 6, 30, 1000  # of one dash; of a curve, before its picture is begun again; of a picture
 
-Dash = list[tuple[int, int]]  # its pixels
+Dash = tuple[int, int]  # its pixel
 
 
 class Pathfinder(Task, frozen=True):
@@ -73,12 +73,11 @@ class Pathfinder(Task, frozen=True):
                 "have fewer or shorter ones, or longer rows"
             )
         pixels = np.full((side, side), GROUND, dtype=np.uint8)
-        for y, x in (pixel for curve in curves for dash in curve for pixel in dash):
+        for y, x in (dash for curve in curves for dash in curve):
             pixels[y, x] = DASH
         one, other = draw.sample([(curve[0], curve[-1]) for curve in curves[:2]], 2)
-        for end in one if joined else (draw.choice(one), draw.choice(other)):
-            for y, x in end:
-                pixels[y, x] = DOT
+        for y, x in one if joined else (draw.choice(one), draw.choice(other)):
+            pixels[y, x] = DOT
         return pixels
 
 
@@ -90,7 +89,7 @@ def _curves(draw: plain.Random, side: int, wanted: tuple[int, ...]) -> list[list
         if curve is None:
             return None
         curves.append(curve)
-        for y, x in (pixel for dash in curve for pixel in dash):
+        for y, x in curve:
             for row in taken[max(0, y - APART) : y + APART + 1]:
                 row[max(0, x - APART) : x + APART + 1] = [True] * len(row[max(0, x - APART) : x + APART + 1])
     return curves
@@ -101,15 +100,20 @@ def _curve(draw: plain.Random, side: int, dashes: int, taken: list[list[bool]]) 
     y, x, angle = draw.uniform(1, side - 2), draw.uniform(1, side - 2), draw.uniform(0, 2 * math.pi)
     curve: list[Dash] = []
     for _ in range(dashes):
-        down, right = math.sin(angle), math.cos(angle)
-        dash = [(round(y), round(x)), (round(y + down), round(x + right))]
-        if any(not (1 <= a < side - 1 and 1 <= b < side - 1) or taken[a][b] for a, b in dash) or _meets(curve, dash):
+        for _ in range(TURNS):
+            turned = angle + draw.uniform(-TURN, TURN)
+            down, right = math.sin(turned), math.cos(turned)
+            a, b = dash = round(y + STEP * down), round(x + STEP * right)
+            if 1 <= a < side - 1 and 1 <= b < side - 1 and not taken[a][b] and not _meets(curve, dash):
+                break
+        else:
             return None
         curve.append(dash)
-        y, x, angle = y + STEP * down, x + STEP * right, angle + draw.uniform(-TURN, TURN)
+        y, x, angle = y + STEP * down, x + STEP * right, turned
     return curve
 
 
 def _meets(curve: list[Dash], dash: Dash) -> bool:
     """Whether a new dash comes near to any but the last two of its own curve."""
-    return any(max(abs(a - y), abs(b - x)) <= APART for old in curve[:-2] for y, x in old for a, b in dash)
+    a, b = dash
+    return any(max(abs(a - y), abs(b - x)) <= APART for y, x in curve[:-2])
