@@ -30,7 +30,11 @@ def demo() -> str:
         f"| {m['peak_memory_bytes'] / 2**20:,.0f} |"
         for m in record["models"]
     ]
-    buckets = [row["bucket"] for row in record["models"][0]["by_length"]]
+    first = record["models"][0]
+    plain = []
+    if "per_baseline" in first:
+        plain = [f"| *{first['baseline']}* | | | | {first['per_baseline']:.1%} | {first['wer_baseline']:.1%} | | |"]
+    buckets = [row["bucket"] for row in first["by_length"]]
     lengths = [
         "| " + " | ".join([m["title"], *(f"{row['per']:.1%}" for row in m["by_length"])]) + " |"
         for m in record["models"]
@@ -40,6 +44,7 @@ def demo() -> str:
             "| model | parameters | train tokens/s | valid loss | PER | WER | words/s | peak MiB |",
             "|---|---|---|---|---|---|---|---|",
             *rows,
+            *plain,
             "",
             "| PER by letters in the word | " + " | ".join(buckets) + " |",
             "|---|" + "---|" * len(buckets),

@@ -160,6 +160,10 @@ def summary(results: Sequence[dict[str, Any]], phonemes: bool) -> None:
         results,
         rows,
     )
+    if "wer_baseline" in results[0]:
+        plain = results[0]
+        rates = f"{plain['per_baseline']:.1%} token errors, {plain['wer_baseline']:.1%} wrong answers"
+        console.print(f"plain baseline, {plain['baseline']}: {rates}", style="dim")
     if len(results) > 1:
         console.print("* best in its column", style="dim")
 

@@ -174,7 +174,7 @@ def verdict(models: Sequence[Model], data: Mapping[str, Any], terms: Terms) -> s
         return f"No model has a {terms.error}, so there is nothing to rank."
     best, error = ranked[0], percent(ranked[0]["per"])
     if len(ranked) == 1:
-        return f"{title(best)} reaches a {terms.error} of {error}."
+        return f"{title(best)} reaches a {terms.error} of {error}{plainly(best)}."
     second, tested = ranked[1], number(data.get("test"))
     lead = f"{title(best)} has the lowest {terms.error}, {error}"
     if (
@@ -186,7 +186,13 @@ def verdict(models: Sequence[Model], data: Mapping[str, Any], terms: Terms) -> s
         )
     else:
         lead += f", against {percent(second['per'])} for {title(second)}, the next best"
-    return lead + fixed_vector(models, ranked) + "."
+    return lead + fixed_vector(models, ranked) + plainly(best) + "."
+
+
+def plainly(model: Model) -> str:
+    """What the plain baseline reaches, or ""."""
+    plain = number(model.get("per_baseline"))
+    return "" if plain is None else f"; {model.get('baseline', 'the baseline')} reaches {percent(plain)}"
 
 
 def variance(share: float, count: float) -> float:

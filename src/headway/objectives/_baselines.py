@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from headway.data.sources import Values
+from headway.data.sources import Values, fewer, references
+from headway.objectives._rates import rates, score
 
 
 def classes(train: Sequence[Values], rows: Sequence[Values], of: str, seed: int) -> dict[str, Any]:
@@ -43,6 +44,28 @@ def _features(train: Sequence[Values], rows: Sequence[Values], of: str) -> tuple
     join = lambda row: " ".join(row[:-1])
     counts = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
     return counts.fit_transform([join(row) for row in train]), counts.transform([join(row) for row in rows])
+
+
+STEPS = 2**33  # of comparing letters, in which a look for the nearest inputs is over
+
+
+def nearest_input(train: Sequence[Values], rows: Sequence[Values], kind: str) -> dict[str, Any]:
+    """Error rates of answering with the target of the training input that is the fewest edits away, the first of equals.
+
+    `kind`: of the target's tokenizer. Where there are too many training inputs to compare with all, fewer are taken,
+    and `baseline` says how many.
+    """
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import extractOne
+
+    wanted, known = references(rows), references(train)
+    length = 1 + sum(map(len, known)) // max(1, len(known))
+    count = max(1, STEPS // (length * -(-length // 64) * max(1, len(wanted))))
+    inputs = [text for text, *_ in fewer([(text,) for text in known], count)]
+    found = {text: extractOne(text, inputs, scorer=Levenshtein.distance)[0] for text in wanted}
+    said = rates([score(text, listed, known[found[text]][0], kind) for text, listed in wanted.items()])
+    name = "the target of the nearest training input" + (f" of {count:,}" if count < len(known) else "")
+    return {"per_baseline": said.per, "wer_baseline": said.wer, "baseline": name}
 
 
 def words_alone(train: Sequence[Values], rows: Sequence[Values]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from headway.data.sources import Values, references
 from headway.generate.search import greedy
 from headway.hub import Loaded
 from headway.objectives import Base, Score, Unfit, with_vocabulary
+from headway.objectives._baselines import nearest_input
 from headway.objectives._rates import by_length, evaluate, rates
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
@@ -46,7 +47,7 @@ class Objective(Base):
         return with_vocabulary(sized, "target_vocab", tools.target.vocab, tools.start)
 
     def ready(self, tools: Tools) -> None:
-        self.start, self.pad = tools.begin, tools.pad
+        self.start, self.pad, self.own = tools.begin, tools.pad, isinstance(tools.target, Tokenizer)
 
     def encode(self, row: Values, tools: Tools) -> Iterable[Example]:
         """Both sides with their ends: our own EOS, or the specials that a checkpoint puts around a text."""
@@ -91,15 +92,14 @@ class Objective(Base):
 
     def score(self, model: Loaded, rows: Sequence[Values], tools: Tools, recipe: Recipe) -> Score:
         """Error rates by what the model writes (`_rates`), under `beams` and `penalty`."""
-        own = isinstance(tools.target, Tokenizer)
         scored, speed = evaluate(
             model,
             references(rows),
-            recipe.tokenizers.target.kind if own else "whitespace",
+            self.unit(recipe),
             beams=recipe.beams,
             penalty=recipe.penalty,
-            batch=256 if own else 32,
-            max_tokens=None if own else tools.max_tokens,
+            batch=256 if self.own else 32,
+            max_tokens=None if self.own else tools.max_tokens,
         )
         found = rates(scored)
         metrics = {
@@ -112,6 +112,13 @@ class Objective(Base):
             "by_length": by_length(scored),
         }
         return Score(metrics, scored)
+
+    def unit(self, recipe: Recipe) -> str:
+        """What error rates count by: the target's tokens, or words where a checkpoint brought its tokenizer."""
+        return recipe.tokenizers.target.kind if self.own else "whitespace"
+
+    def baseline(self, train: Sequence[Values], rows: Sequence[Values], recipe: Recipe) -> dict[str, Any]:
+        return nearest_input(train, rows, self.unit(recipe))
 
 
 def _ended(tokenizer: Tokenizer | PublishedTokenizer, text: str) -> tuple[list[int], int]:
