@@ -6,7 +6,7 @@ that says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import msgspec
@@ -69,17 +69,28 @@ def hold(
     wanted: Mapping[str, Trial],
     device: torch.device | str = "cpu",
     tell: Callable[[str, float], None] = lambda line, share: None,
-) -> list[Entry]:
-    """Every trial in turn; `tell` hears what is running and what share of all steps is done."""
-    steps, before, entries = sum(one.steps for one in wanted.values()), 0, []
+    memory: MutableMapping[str, Any] | None = None,
+) -> dict[str, Entry]:
+    """Every trial in turn, by title; `tell` hears what is running and what share of all tokens is done. What `memory`
+    holds from an earlier run (the trial as JSON: the entry) is not run again."""
+    sizes = {title: one.steps * one.rows * one.length for title, one in wanted.items()}
+    whole, before, entries = sum(sizes.values()), 0, {}
+    memory = {} if memory is None else memory
     for title, one in wanted.items():
-        heard = lambda done, of, title=title, before=before: tell(title, (before + done) / steps)
-        try:
-            entries.append(Entry(title=title, trial=one, outcome=trial.run(one, device, heard)))
-        except ValueError as error:
-            entries.append(Entry(title=title, trial=one, refused=" ".join(str(error).split())))
-        before += one.steps
+        heard = lambda done, of, t=title, b=before: tell(t, (b + sizes[t] * done / of) / whole)
+        key = f"{device} {msgspec.json.encode(one).decode()}"
+        if key not in memory:
+            memory[key] = msgspec.to_builtins(_held(title, one, device, heard), str_keys=True)
+        entries[title] = msgspec.structs.replace(msgspec.convert(memory[key], Entry, strict=False), title=title)
+        before += sizes[title]
     return entries
+
+
+def _held(title: str, one: Trial, device: torch.device | str, tell: trial.Tell) -> Entry:
+    try:
+        return Entry(title=title, trial=one, outcome=trial.run(one, device, tell))
+    except ValueError as error:
+        return Entry(title=title, trial=one, refused=" ".join(str(error).split()))
 
 
 def each(base: Trial, mixers: Mapping[str, Mixers], **changed: Any) -> dict[str, Trial]:
