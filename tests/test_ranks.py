@@ -15,6 +15,7 @@ import yaml
 from tiny import ARCHITECTURES, task, write_pairs
 
 import headway
+from headway.train import checkpoint
 
 STEPS = 20
 TOWER = {
@@ -75,13 +76,18 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     path = folder.parent / f"{folder.name}.yaml"
     path.write_text(yaml.safe_dump(recipe), "utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     words = ["-m", "headway", "train", str(path), "-o", str(folder), *more]
     if stop:
         script = folder.parent / "stopped.py"
         script.write_text(STOPPED.format(half=STEPS // 2), "utf-8")
         words = [str(script), str(path), str(folder)]
-    command = [*(torchrun if ranks > 1 else [sys.executable]), *words]
+    return torchrun(ranks, *words)
+
+
+def torchrun(ranks: int, *words: str) -> subprocess.CompletedProcess[str]:
+    """A program in so many processes (one: without torchrun)."""
+    many = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*(many if ranks > 1 else many[:1]), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
 
@@ -113,6 +119,45 @@ def test_ranks_train_as_one_process_does(tmp_path: Path, kind: str, ranks: int, 
     assert shared == pytest.approx(alone, abs=1e-5)
     one, other = (headway.load(tmp_path / name).net.state_dict() for name in ("alone", "shared"))
     assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+
+
+DEALT = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from headway.train.ranks import Deal, Ranks, own_part
+with Ranks() as ranks:
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    for rows, count in ((5, 4), (1, 2), (6, 3)):
+        torch.manual_seed(0)
+        whole = [torch.randn(rows, 3) for _ in range(count)]
+        cut = [distribute_tensor(one, mesh, [Shard(0)], src_data_rank=None) for one in whole]
+        deal = Deal(cut[0], count)
+        mine = deal.out([own_part(one) for one in cut])
+        for i, one in enumerate(whole[ranks.rank :: ranks.size]):
+            assert torch.equal(mine[i], one)
+        for part, one in zip(deal.back(2 * mine), cut, strict=True):
+            assert torch.equal(part, 2 * own_part(one))
+"""
+
+
+def test_matrices_that_ranks_cut_unevenly_are_dealt_out_whole_and_come_back(tmp_path: Path) -> None:
+    (tmp_path / "dealt.py").write_text(DEALT, "utf-8")
+    done = torchrun(3, str(tmp_path / "dealt.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.long)])
+def test_ranks_train_in_pure_bf16_nearly_as_one_process_does(tmp_path: Path, parallel: str) -> None:
+    """And keep fp32 weights: steps too small for bf16 are not lost."""
+    recipe = {**recipes(tmp_path)["decoder"], "precision": "pure-bf16"}
+    alone = train(tmp_path / "alone", recipe, 1)
+    shared = train(tmp_path / "shared", {**recipe, "parallel": parallel}, 2)
+    assert shared == pytest.approx(alone, abs=2e-2)
+    saved, _ = checkpoint.newest(tmp_path / "shared" / "checkpoints")
+    assert saved is not None
+    assert {value.dtype for value in saved.tensors["model"].values() if value.is_floating_point()} == {torch.float32}
+    assert any((value != value.bfloat16().float()).any() for value in saved.tensors["model"].values())
 
 
 @pytest.mark.long

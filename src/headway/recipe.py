@@ -65,6 +65,7 @@ class OptimizerSpec(Strict, frozen=True):
     rate. schedule: how the rate falls to zero (`train/schedule.py`); decay: over which last share of the budget, by
     default all of it (wsd: a fifth). clip: largest norm of the gradient. ema: the share that the moving average of the
     weights keeps of itself at a step (0.999); with it, the average is what is evaluated and kept (0: no average).
+    layer_decay: each block's rate is so much of that of the block above (1: all learn alike; 2003.10555).
     """
 
     name: Literal["adamw", "muon"] = "muon"
@@ -77,6 +78,7 @@ class OptimizerSpec(Strict, frozen=True):
     schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
     decay: Share | None = None
     ema: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    layer_decay: Annotated[float, Meta(gt=0, le=1)] = 1.0
 
     def __post_init__(self) -> None:
         share = {"wsd": 0.2, "constant": 0.0}.get(self.schedule, 1.0) if self.decay is None else self.decay
@@ -99,14 +101,18 @@ class Entry(Strict, frozen=True):
 class Recipe(Strict, frozen=True):
     """Everything a run depends on. `max_tokens` is the longest input or target, in tokens, that the model takes.
 
-    `model` is a spec, or {load: FOLDER, heads: {...}} for a checkpoint to go on from. A step takes `accumulate`
-    batches of at most `batch_tokens`, over all ranks together; `workers` processes make them ahead of time. `parallel`:
-    how the ranks that torchrun starts share the model, whole on each ("ddp") or cut ("fsdp").
+    `model` is a spec, or {load: FOLDER, heads: {...}} for a checkpoint to go on from. Of one that is loaded, `freeze`
+    keeps what patterns of its parameters' names mean as it is, and `adapt` all of it: {method: lora, rank: 8, targets:
+    "blocks.*.mixer.{q,v}"} trains adapters (`headway.adapt`) and new heads, and checkpoints hold nothing else.
+
+    A step takes `accumulate` batches of at most `batch_tokens`, over all ranks together; `workers` processes make them
+    ahead of time. `parallel`: how the ranks that torchrun starts share the model: whole on each ("ddp"), cut ("fsdp").
 
     `precision`: "bf16" computes in it where that is safe (autocast), "pure-bf16" throughout, with fp32 weights beside
     (1710.03740). `activation_checkpointing` runs each block again on the way back instead of keeping what it computed;
     `compile` has torch.compile fuse each feed-forward. `spike`: training stops at a loss that many standard
-    deviations above its running mean (0: only where it is no number). `keep`: checkpoints, each with the best weights.
+    deviations above its running mean (0: only where it is no number). `log`: "tensorboard" is written, too, beside
+    the JSON lines. `keep`: checkpoints, each with the best weights.
 
     Test inputs are answered with `beams`, which compete by log-probability over length^`penalty`.
     """
@@ -118,6 +124,8 @@ class Recipe(Strict, frozen=True):
     tokenizers: Sides = Sides()
     model: dict[str, Any] | None = None
     models: dict[str, Entry] | None = None
+    adapt: dict[str, Any] | None = None
+    freeze: tuple[str, ...] = ()
     objective: dict[str, Any] = {}
     optimizer: OptimizerSpec = OptimizerSpec()
     batch_tokens: Positive = 4096
@@ -131,6 +139,7 @@ class Recipe(Strict, frozen=True):
     spike: Annotated[float, Meta(ge=0)] = 0.0
     seed: Annotated[int, Meta(ge=0, lt=2**23)] = 0
     evaluations: Positive = 20
+    log: Literal["jsonl", "tensorboard"] = "jsonl"
     checkpoint_seconds: float = 30.0
     keep: Positive = 2
     beams: Positive = 1
@@ -140,6 +149,11 @@ class Recipe(Strict, frozen=True):
     def __post_init__(self) -> None:
         if (self.model is None) == (self.models is None):
             raise ValueError("a recipe has either `model` (headway train) or `models` (headway compare)")
+        for key in ("adapt", "freeze"):
+            if getattr(self, key) and "load" not in (self.model or {}):
+                raise ValueError(
+                    f"{key}: keeps trained weights as they are, and this model has none: give it model.load"
+                )
 
 
 def built_in() -> dict[str, str]:
@@ -151,7 +165,7 @@ def built_in() -> dict[str, str]:
 
 def read(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a built-in name, a YAML file or a dict, with `overrides` such as "optimizer.lr=1e-3"."""
-    data, where = (source, "recipe") if isinstance(source, dict) else _parse(source)
+    data, where = (source, "recipe") if isinstance(source, dict) else parse(source)
     if any(assignment.startswith("budget.") for assignment in overrides):
         data = {**data, "budget": {}}  # a budget has one key, so a new one takes the old one's place
     for assignment in overrides:
@@ -159,7 +173,8 @@ def read(source: str | Path | dict[str, Any], overrides: Sequence[str] = ()) -> 
     return convert(data, Recipe, where)
 
 
-def _parse(source: str | Path) -> tuple[dict[str, Any], str]:
+def parse(source: str | Path) -> tuple[dict[str, Any], str]:
+    """What a YAML file, or a built-in recipe, holds, and what to call it in a message; a key stands once."""
     import yaml
 
     path = Path(source)

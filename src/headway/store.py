@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -16,22 +17,43 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from headway.header import DTYPES
+
 MANIFEST = "manifest.json"
+NAMES = {dtype: name for name, dtype in DTYPES.items()}  # as safetensors calls them
 
 
-def write_folder(folder: Path, tensors: dict[str, dict[str, Tensor]], records: dict[str, Any]) -> None:
-    """Writes `NAME.safetensors` and `NAME.json` files as a new folder, or not at all; replaces an older one."""
+def write_folder(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], records: dict[str, Any]) -> None:
+    """Writes `NAME.safetensors` and `NAME.json` files as a new folder, or not at all; replaces an older one. Tensors of
+    a lazy mapping (with `shapes` and `dtypes`) are asked for one by one."""
     with replacing(folder) as fresh:
         for name, group in tensors.items():
-            save_file(unshared(group), fresh / f"{name}.safetensors")
+            file = fresh / f"{name}.safetensors"
+            save_file(unshared(group), file) if isinstance(group, dict) else _write_lazily(file, group)
         for name, record in records.items():
             (fresh / f"{name}.json").write_text(json.dumps(record, indent=1), "utf-8")
         sums = {file.name: _sha256(file) for file in sorted(fresh.iterdir())}
         (fresh / MANIFEST).write_text(json.dumps(sums, indent=1), "utf-8")
+
+
+def _write_lazily(file: Path, tensors: Any) -> None:
+    """A safetensors file of tensors that need not stand in memory together."""
+    header, end = {}, 0
+    for name, dtype in tensors.dtypes.items():
+        shape = tensors.shapes[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data begin at a multiple of eight
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            out.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
 
 
 @contextmanager
@@ -159,9 +181,11 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Mapping[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()} if known is None else known
 
 
-def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
-    """Refuses tensors that are not this model's; the model may be on the meta device, where it costs nothing."""
-    own, given = shapes_of(model.state_dict()), shapes_of(tensors)
+def check_fit(model: nn.Module | Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Refuses tensors that are not this model's, or not those of a state; it may be on the meta device, where it
+    costs nothing."""
+    own = shapes_of(model.state_dict() if isinstance(model, nn.Module) else model)
+    given = shapes_of(tensors)
     missing, extra = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     wrong = [name for name in own.keys() & given.keys() if own[name] != given[name]]
     if missing or extra or wrong:

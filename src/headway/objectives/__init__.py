@@ -140,6 +140,18 @@ class Base(ABC):
             plain, count = plain + float(loss.plain), count + loss.tokens
         return plain, count
 
+    def begin(self, net: nn.Module) -> None:
+        """A training begins: gives a network what only training needs, forgets what another training left."""
+        return
+
+    def kept(self) -> dict[str, Tensor]:
+        """What is remembered from step to step beside the model; it is part of every checkpoint."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The way back of `kept`."""
+        return
+
     @torch.no_grad()
     def rehearse(self, net: nn.Module, batch: Any, tools: Tools) -> None:
         """Shows a new model the longest example it may meet, so that a mistake costs a second and no training."""
@@ -165,7 +177,7 @@ class Base(ABC):
     def loaded(self, net: nn.Module, spec: dict[str, Any], tools: Tools) -> Loaded:
         """The trained model as `headway.load` gives it."""
         start, source = tools.start, tools.source
-        spec = {key: value for key, value in spec.items() if key != "load"}
+        spec = {key: value for key, value in spec.items() if key not in ("load", "adapt", "freeze")}
         if start is not None:
             return Loaded(net, spec, start.source, start.target, facts=start.facts, image=tools.image)
         if spec["kind"] == "seq2seq" and isinstance(source, Tokenizer):

@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from headway import recipe as recipes
 from headway.hub import Loaded, safe_name
 from headway.machine import Peak, hardware, versions
 from headway.recipe import Entry, Recipe
 from headway.store import read_json, sweep, write_text
+from headway.train.board import check_log
 from headway.train.card import card_of
 from headway.train.data import Prepared, prepare
+from headway.train.deferred import shared
 from headway.train.loop import Interrupted, Status, Trainer
 from headway.train.network import network, refuse_redraw, spec_of
 from headway.train.optim import build_optimizers
@@ -53,7 +56,7 @@ def train(
         entry, prepared = Entry(model=read.model), prepare(read)
         for line in prepared.splits.notes:
             note(line)
-        rehearse(read, entry, prepared)
+        rehearse(read, entry, prepared, ranks)
         ranks.wait()  # until all have seen the folder as it was
         if ranks.first:
             open_run(folder, read, overwrite=overwrite)
@@ -115,6 +118,7 @@ WRITTEN = {
     "report.html",
     "model",
     "checkpoints",
+    "tensorboard",
 }
 
 
@@ -130,14 +134,21 @@ def _record(recipe: Recipe) -> dict[str, Any]:
     return msgspec.json.decode(msgspec.json.encode(recipe))
 
 
-def rehearse(recipe: Recipe, entry: Entry, prepared: Prepared) -> None:
-    """Builds a model and shows it the longest it may meet: a mistake costs a second and no training."""
-    net = network(spec_of(entry.model, prepared), prepared.tools)
+def rehearse(recipe: Recipe, entry: Entry, prepared: Prepared, ranks: Ranks | None = None) -> None:
+    """Builds a model and shows it the longest it may meet: a mistake costs a second and no training. A model that its
+    ranks cut is shown it in parts; it writes nothing yet."""
+    check_log(recipe)
+    spec, cut = spec_of(entry.model, prepared), ranks is not None and ranks.size > 1 and recipe.parallel == "fsdp"
+    net = shared(spec, prepared.tools, ranks, "fsdp") if ranks and cut else network(spec, prepared.tools)
     optimizer = entry.optimizer or recipe.optimizer
     build_optimizers(net, optimizer)
     refuse_redraw(net, recipe, optimizer)
     longest = max((order.longest() for order in (prepared.batches, prepared.valid)), key=lambda batch: batch.tokens)
-    prepared.objective.rehearse(net, longest, prepared.tools)
+    if ranks and cut:
+        with torch.no_grad():
+            prepared.objective(net, longest.to(ranks.device))
+    else:
+        prepared.objective.rehearse(net, longest, prepared.tools)
 
 
 def run_entry(

@@ -19,6 +19,7 @@ from torch import Tensor
 from headway.spec import convert
 from headway.store import MANIFEST, read_folder, sweep
 from headway.train.ranks import like
+from headway.weights import open_weights
 
 TENSORS = {"model", "best", "optimizer"}  # and "average", where there is one
 RECORDS = {"progress", "spec", "data"}
@@ -43,7 +44,7 @@ class Saved:
     """A checkpoint that was read, every byte checked."""
 
     folder: Path
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, Mapping[str, Tensor]]
     progress: Progress
     spec: Any
     data: Any
@@ -55,9 +56,10 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def read(folder: Path) -> Saved:
-    """One checkpoint; a ValueError of one line names the file that is at fault."""
-    tensors, records = read_folder(folder)
+def read(folder: Path, whole: bool = True) -> Saved:
+    """One checkpoint; a ValueError of one line names the file that is at fault. Unless it is read `whole`, tensors are
+    read one by one, when they are asked for."""
+    tensors, records = read_folder(folder, None if whole else open_weights)
     lacking = sorted((TENSORS - tensors.keys()) | (RECORDS - records.keys()))
     if lacking:
         raise ValueError(f"{folder / MANIFEST}: tells of no {lacking[0]}, which a checkpoint has; use an older one")
@@ -65,13 +67,13 @@ def read(folder: Path) -> Saved:
     return Saved(folder, tensors, progress, records["spec"], records["data"])
 
 
-def newest(folder: Path) -> tuple[Saved | None, dict[Path, str]]:
+def newest(folder: Path, whole: bool = True) -> tuple[Saved | None, dict[Path, str]]:
     """The newest checkpoint that is whole, and what is wrong with each that is newer. None where there never was one;
     where all are damaged, a ValueError."""
     faults: dict[Path, str] = {}
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            return read(path), faults
+            return read(path, whole), faults
         except ValueError as error:
             faults[path] = str(error)
     if faults:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 from headway.block import Block
@@ -21,6 +23,11 @@ def compile_feedforwards(model: nn.Module) -> None:
         raise ValueError("compile: this model has no feed-forward, and nothing else is compiled: leave it out")
     for branch in branches:
         branch.compile(dynamic=True, fullgraph=True)
+
+
+def uncompiled() -> Any:
+    """What is compiled runs as it was written for as long as the block lasts: who counts FLOPs has to see them."""
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

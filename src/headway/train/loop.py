@@ -12,8 +12,9 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ from headway.store import append_lines, check_fit, sweep, write_folder, write_te
 from headway.train import checkpoint, recompute
 from headway.train import watch as watching
 from headway.train.average import Average
+from headway.train.board import Board
 from headway.train.checkpoint import Progress
-from headway.train.compiled import compile_feedforwards, told
+from headway.train.compiled import compile_feedforwards, told, uncompiled
 from headway.train.data import Prepared, all_of
+from headway.train.deferred import shared
 from headway.train.half import Half
-from headway.train.network import network, spec_of
+from headway.train.network import learned, network, relearn, spec_of
 from headway.train.optim import build_optimizers, set_rate
-from headway.train.ranks import Ranks, full, like, restore, whole
+from headway.train.ranks import Gathered, Ranks, full, like
 
 
 class Interrupted(Exception):
@@ -81,8 +84,9 @@ class Trainer:
         self.spec = spec_of(model, prepared)
         torch.manual_seed(recipe.seed)
         self.device = self.ranks.device
-        self.model = network(self.spec, prepared.tools).to(self.device)
-        self.ranks.spread(self.model, recipe.parallel)
+        pure = recipe.precision == "pure-bf16"
+        self.model = shared(self.spec, prepared.tools, self.ranks, recipe.parallel, half=pure)
+        self.objective.begin(self.model)
         self.optimizer = optimizer
         self.optimizers = build_optimizers(self.model, optimizer)
         self.best: dict[str, Tensor] = {}
@@ -91,22 +95,26 @@ class Trainer:
         self.bf16 = recipe.precision.endswith("bf16") or (recipe.precision == "auto" and machine.fast_bf16())
         if recipe.activation_checkpointing:
             recompute.recompute(self.model)
-        self.half = self._half() if recipe.precision == "pure-bf16" else None
+        # ranks round what they gather, and keep their parts in fp32
+        self.half = Half(self.model) if pure and self.ranks.size == 1 else None
+        self.rounded = pure and self.ranks.size > 1
         self.net = self.half.net if self.half else self.model  # what runs forward and back
         if recipe.compile:
             compile_feedforwards(self.net)
         self.log: list[str] = []
+        self.board = Board(folder) if recipe.log == "tensorboard" and self.ranks.first else None
 
     def fit(self) -> Loaded:
         """Trains to the end of the budget and returns the best model seen, by validation loss."""
         self.model.train()
         self.net.train()
-        with told() if self.recipe.compile else nullcontext():
+        with uncompiled() if self.recipe.compile else nullcontext(), self._as_gathered():
             self.flops_per_token = watching.flops_per_token(
                 self.objective, self.model, self.prepared.batches.batch(self.ranks.rank).to(self.device)
             )
         saved = time.monotonic()
-        with _listening() as asked, self._stream() as self.stream:
+        written = closing(self.board) if self.board else nullcontext()
+        with written, _listening() as asked, self._stream() as self.stream:
             while self._fraction() < 1.0:
                 self._step()
                 if self._fraction() >= self.progress.evaluations / self.recipe.evaluations:
@@ -127,15 +135,15 @@ class Trainer:
 
     def _best(self) -> nn.Module:
         """The network with its best weights; a whole one, where ranks share it."""
-        self.model.load_state_dict(self.best)
+        relearn(self.model, self.best)
         recompute.keep_all(self.model)
         if self.ranks.size == 1:
             return self.model
-        best = whole(self.best, self.ranks.first)
-        if not self.ranks.first:
-            return self.model
-        net = network(self.spec, self.prepared.tools)
-        net.load_state_dict(best)
+        net = network(self.spec, self.prepared.tools) if self.ranks.first else self.model
+        own = net.state_dict() if self.ranks.first else {}
+        for name, value in Gathered(self.best).items():
+            if self.ranks.first:
+                own[name].copy_(value)
         return net.to(self.device)
 
     def _stream(self) -> Stream:
@@ -168,7 +176,10 @@ class Trainer:
         progress.loss = value if math.isnan(progress.loss) else 0.95 * progress.loss + 0.05 * value
         progress.step, progress.tokens = step + 1, progress.tokens + int(tokens)
         progress.seconds = self.ranks.firsts(progress.seconds + time.perf_counter() - began)
-        line = {"step": step, "loss": value, "norm": norm, "rate": rate, "tokens": progress.tokens}
+        figures = {"loss": value, "norm": norm, "rate": rate}
+        if self.board:
+            self.board.write(step, {**figures, "tokens_per_second": progress.tokens / progress.seconds})
+        line = {"step": step, **figures, "tokens": progress.tokens}
         self.log.append(json.dumps({**line, "seconds": round(progress.seconds, 3)}))
 
     @contextmanager
@@ -182,10 +193,9 @@ class Trainer:
         if self.half:
             self.half.collect()
 
-    def _half(self) -> Half:
-        if self.ranks.size > 1:
-            raise ValueError(f"precision pure-bf16 is for one process, and this run has {self.ranks.size}: use bf16")
-        return Half(self.model)
+    def _as_gathered(self) -> torch.autocast:
+        """Weights that ranks round as they gather them ask for bf16 whenever they are used."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.rounded)
 
     def _check(self, value: float, norm: float, batches: list[Any]) -> None:
         """Stops before a step that would spoil the weights, and keeps what it was to be made of."""
@@ -234,9 +244,11 @@ class Trainer:
                 "valid_loss": value,
             }
         )
+        if self.board:
+            self.board.write(progress.step - 1, {"valid_loss": value})  # of the step that was taken last
         if value < progress.best_loss:
             progress.best_loss = value
-            self.best = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            self.best = {name: tensor.detach().clone() for name, tensor in learned(self.model).items()}
 
     @torch.no_grad()
     def valid_loss(self, batches: Order) -> float:
@@ -244,7 +256,8 @@ class Trainer:
         self.model.eval()
         plain, count = 0.0, 0.0
         for batch, counts in all_of(batches, self.ranks.rank, self.ranks.size):
-            loss = self.objective(self.model, batch.to(self.device))
+            with self._as_gathered():
+                loss = self.objective(self.model, batch.to(self.device))
             if counts:
                 plain, count = plain + float(loss.plain), count + loss.tokens
         self.model.train()
@@ -254,35 +267,37 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of this very step, and the log up to it."""
         held = {
-            "model": self.model.state_dict(),
+            "model": learned(self.model),
             "best": self.best,
             "optimizer": checkpoint.optimizer_tensors(self.optimizers),
             **({"average": self.average.tensors} if self.average else {}),
+            **({"objective": kept} if (kept := self.objective.kept()) else {}),
         }
-        tensors = {name: whole(part, self.ranks.first) for name, part in held.items()}
-        if self.ranks.first:
-            self._write(tensors)
-        self.ranks.wait()
-
-    def _write(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        tensors = {name: Gathered(part) if self.ranks.size > 1 else part for name, part in held.items()}
         folder = self.folder / "checkpoints"
-        folder.mkdir(parents=True, exist_ok=True)
-        append_lines(self.folder / "log.jsonl", self.log)  # first: a resume cuts what is too much
-        self.log.clear()
         target = folder / f"step-{self.progress.step:09d}"
-        if target == checkpoint.latest(folder):
+        if self.ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            append_lines(self.folder / "log.jsonl", self.log)  # first: a resume cuts what is too much
+            self.log.clear()
+        if self.ranks.firsts(float(target == checkpoint.latest(folder))):
             return
-        write_folder(
-            target,
-            tensors,
-            {"progress": vars(self.progress), "spec": self.spec, "data": self.prepared.fingerprint},
-        )
-        checkpoint.prune(folder, self.recipe.keep)
+        if self.ranks.first:
+            write_folder(
+                target,
+                tensors,
+                {"progress": vars(self.progress), "spec": self.spec, "data": self.prepared.fingerprint},
+            )
+            checkpoint.prune(folder, self.recipe.keep)
+        else:
+            for part in tensors.values():  # in the order in which the first rank writes them
+                deque(part.values(), maxlen=0)
+        self.ranks.wait()
 
     def resume(self, note: Callable[[str], None] = lambda line: None) -> bool:
         """Goes back to the newest checkpoint that is whole; false where there is none. `note` is told of others."""
         folder = self.folder / "checkpoints"
-        saved, faults = checkpoint.newest(folder)
+        saved, faults = checkpoint.newest(folder, whole=self.ranks.size == 1)
         if saved is not None:
             self._restore(saved)
         self.ranks.wait()  # until all have read
@@ -301,14 +316,15 @@ class Trainer:
             raise ValueError(f"{found}: was made by another model spec; resume with the recipe it began with")
         if saved.data != self.prepared.fingerprint:
             raise ValueError(f"{found}: was made from other data than {self.recipe.data.source} holds now; start anew")
+        own = learned(self.model)
         for name in ("model", *(["best"] if tensors["best"] else []), *(["average"] if self.average else [])):
-            check_fit(self.model, tensors.get(name, {}), found / f"{name}.safetensors")
+            check_fit(own, tensors.get(name, {}), found / f"{name}.safetensors")
         checkpoint.restore_optimizers(self.optimizers, tensors["optimizer"], found / "optimizer.safetensors")
-        restore(self.model, tensors["model"])
-        own = self.model.state_dict()
+        relearn(self.model, {name: like(tensors["model"][name], tensor) for name, tensor in own.items()})
         self.best = {name: like(value, own[name]) for name, value in tensors["best"].items()}
         if self.average:
             self.average.restore({name: like(value, own[name]) for name, value in tensors["average"].items()})
+        self.objective.restore({k: v.to(self.device) for k, v in tensors.get("objective", {}).items()})
         self.progress = saved.progress
 
     def _cut_log(self) -> None:

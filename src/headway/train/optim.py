@@ -6,6 +6,9 @@ steps: O = U V^T for momentum = U S V^T. Matrices of one shape are stacked, so t
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from headway import machine
 from headway.recipe import OptimizerSpec
 from headway.train import schedule
-from headway.train.ranks import joined, like, own_part
+from headway.train.ranks import Deal, is_cut, own_part
 
 # Found by You Jiacheng (2025), in use in modded-nanogpt: five steps bring all but tiny singular values near one
 STEPS = (
@@ -33,10 +36,16 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        parameters: list[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        shares: Mapping[nn.Parameter, float] | None = None,
     ) -> None:
-        shapes = sorted({tuple(p.shape) for p in parameters})
-        groups = [{"params": [p for p in parameters if tuple(p.shape) == shape]} for shape in shapes]
+        kind = {p: (tuple(p.shape), (shares or {}).get(p, 1.0)) for p in parameters}
+        kinds = sorted(set(kind.values()))
+        groups = [{"params": [p for p in parameters if kind[p] == one], "lr": lr * one[1]} for one in kinds]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.products = torch.bfloat16 if machine.fast_bf16() else torch.float32
 
@@ -54,13 +63,17 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(kept, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, kept, group["momentum"])
             rows, columns = parameters[0].shape
-            # where ranks share a matrix, each sees the whole of it for as long as this takes
-            matrices = [joined(part, p) for part, p in zip(ahead, parameters, strict=True)]
-            found = orthogonal(torch.stack(matrices), self.products).unbind()
-            steps = [own_part(like(step, p)) for step, p in zip(found, parameters, strict=True)]
+            steps = self._steps(ahead, parameters[0])
             own = [own_part(p) for p in parameters]
             torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(own, steps, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+    def _steps(self, ahead: Sequence[Tensor], shared: Tensor) -> list[Tensor]:
+        """The directions of matrices of one shape; where ranks cut them, each sees some of them whole."""
+        if not is_cut(shared):
+            return list(orthogonal(torch.stack(list(ahead)), self.products).unbind())
+        deal = Deal(shared, len(ahead))
+        return deal.back(orthogonal(deal.out(ahead), self.products))
 
 
 def orthogonal(matrices: Float[Tensor, "N R C"], products: torch.dtype = torch.float32) -> Float[Tensor, "N R C"]:
@@ -84,20 +97,41 @@ def build_optimizers(model: nn.Module, spec: OptimizerSpec) -> list[torch.optim.
         module.weight
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ".blocks." in f".{name}" and spec.name == "muon"
+        if module.weight.requires_grad
     }
+    shares = layer_shares(model, spec.layer_decay)
     rest = [p for p in model.parameters() if p.requires_grad and p not in inside]
     groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": spec.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+        {"params": [p for p in rest if shares[p] == share and (p.ndim > 1) == matrix], "lr": spec.lr * share,
+         "weight_decay": spec.weight_decay if matrix else 0.0}
+        for share in sorted({shares[p] for p in rest} | {1.0}) for matrix in (True, False)
+    ]  # fmt: skip
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=True)]
     ordered = [p for p in model.parameters() if p in inside]
     if ordered:
-        optimizers.append(Muon(ordered, spec.matrix_lr, weight_decay=spec.weight_decay))
+        optimizers.append(Muon(ordered, spec.matrix_lr, weight_decay=spec.weight_decay, shares=shares))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
+
+
+def layer_shares(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
+    """Of each parameter's rate, what is left of the full one: `decay` for every block that stands above it in its
+    stack, and once more for what lies below all blocks. What lies behind them (last norms, heads) has all of it."""
+    depth: dict[str, int] = {}
+    places = {name: re.match(r"(.*\.|)blocks\.(\d+)\.", name) for name, _ in model.named_parameters()}
+    for found in filter(None, places.values()):
+        depth[found[1]] = max(depth.get(found[1], 0), int(found[2]) + 1)
+    behind = ("heads.", *(f"{stack}norm." for stack in depth))
+    shares = {}
+    for name, parameter in model.named_parameters():
+        if (found := places[name]) is not None:
+            above = depth[found[1]] - 1 - int(found[2])
+        else:
+            above = 0 if name.startswith(behind) else max(depth.values(), default=0)
+        shares[parameter] = decay**above
+    return shares
 
 
 def set_rate(optimizers: list[torch.optim.Optimizer], spec: OptimizerSpec, step: int, fraction: float) -> None:

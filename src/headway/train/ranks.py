@@ -7,13 +7,14 @@ over the ranks, block by block (2304.11277). Both are `fully_shard`, on a mesh o
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -76,24 +77,27 @@ class Ranks:
         """The first rank's value, on every rank: what clocks say must be the same everywhere."""
         return self.sum(value if self.first else 0.0)[0]
 
-    def spread(self, model: nn.Module, parallel: Parallel) -> None:
-        """Shares a model with the other ranks, in place; it was built alike on all of them."""
-        if self.size == 1:
-            return
+    def cutter(self, parallel: Parallel, half: bool = False) -> Callable[[nn.Module], None]:
+        """What shares a block, and at last the model around it, with the other ranks, in place. With `half`, weights
+        are rounded to bf16 as they are gathered, and gradients are added up in fp32."""
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         kind = self.device.type
         if parallel == "ddp":
             mesh = init_device_mesh(kind, (self.size, 1), mesh_dim_names=("replicate", "shard"))
         else:
             mesh = init_device_mesh(kind, (self.size,))
-        for block in alone(model):
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-        for name in ("project", "scores"):  # what a two-tower model is called by, beside forward
-            if hasattr(model, name):
-                register_fsdp_forward_method(model, name)
+        rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        policy = rounded if half else MixedPrecisionPolicy()
+
+        def cut(module: nn.Module) -> None:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+            for name in ("project", "scores"):  # what a two-tower model is called by, beside forward
+                if hasattr(module, name):
+                    register_fsdp_forward_method(module, name)
+
+        return cut
 
     def hold_gradients(self, model: nn.Module, hold: bool) -> None:
         """Whether the next backward pass keeps its gradients to itself: all but the last of a step do."""
@@ -106,15 +110,30 @@ def full(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def whole(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """The tensors as one process would have them, one after the other; all ranks must ask together, and those that do
-    not `keep` any hold one at a time. What was shared comes to lie in the CPU's memory."""
-    found = {}
-    for name, t in tensors.items():
-        value = full(t)
-        if keep:
-            found[name] = value.cpu() if value is not t else t
-    return found
+class Gathered(Mapping[str, Tensor]):
+    """Tensors as one process would have them, in the CPU's memory, each gathered when it is asked for; all ranks must
+    ask together, in one order."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return full(self.tensors[name].detach()).cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Without gathering anything; the whole tensors' ones."""
+        return {name: tuple(t.shape) for name, t in self.tensors.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: t.dtype for name, t in self.tensors.items()}
 
 
 def like(value: Tensor, shared: Tensor) -> Tensor:
@@ -122,7 +141,8 @@ def like(value: Tensor, shared: Tensor) -> Tensor:
     value = value.to(shared.device)
     if not isinstance(shared, DTensor):
         return value
-    return distribute_tensor(value, shared.device_mesh, shared.placements, src_data_rank=None)
+    # a copy: a view would hold the whole
+    return distribute_tensor(value, shared.device_mesh, shared.placements, src_data_rank=None).clone()
 
 
 def own_part(value: Tensor) -> Tensor:
@@ -130,17 +150,45 @@ def own_part(value: Tensor) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def joined(part: Tensor, shared: Tensor) -> Tensor:
-    """The whole of which `part` lies on this rank, cut as `shared` is; all ranks must ask together."""
-    if not isinstance(shared, DTensor):
-        return part
-    whole = DTensor.from_local(part, shared.device_mesh, shared.placements, shape=shared.shape, stride=shared.stride())
-    return whole.full_tensor()
+class Deal:
+    """Matrices of one shape, cut by rows over ranks as `shared` is: dealt out whole, as many to each rank, and taken
+    back. All ranks must ask together; each then holds about what its own parts take."""
+
+    def __init__(self, shared: DTensor, count: int) -> None:
+        self.group, self.size, self.count = shared.device_mesh.get_group(), shared.device_mesh.size(), count
+        self.each = -(-count // self.size)  # matrices of a rank; the last ones may be none, and are zeros
+        whole, self.columns = shared.shape
+        chunk = -(-whole // self.size)
+        self.rows = [max(0, min(chunk, whole - rank * chunk)) for rank in range(self.size)]
+        self.own = self.rows[shared.device_mesh.get_local_rank()]
+
+    def out(self, parts: Sequence[Float[Tensor, "r C"]]) -> Float[Tensor, "K R C"]:
+        """From this rank's rows of every matrix to its matrices."""
+        empty = [torch.zeros_like(parts[0])] * (self.each * self.size - self.count)
+        sent = torch.stack([*parts, *empty]).unflatten(0, (self.each, self.size)).transpose(0, 1)
+        found = self._exchanged(sent, [self.own] * self.size, self.rows)
+        pieces = found.split([self.each * rows * self.columns for rows in self.rows])
+        each = zip(pieces, self.rows, strict=True)
+        return torch.cat([piece.view(self.each, rows, self.columns) for piece, rows in each], 1)
+
+    def back(self, matrices: Float[Tensor, "K R C"]) -> list[Float[Tensor, "r C"]]:
+        """From this rank's matrices to its rows of every matrix."""
+        sent = torch.cat([piece.flatten() for piece in matrices.split(self.rows, 1)])
+        found = self._exchanged(sent, self.rows, [self.own] * self.size)
+        parts = found.view(self.size, self.each, self.own, self.columns).transpose(0, 1).flatten(0, 1)
+        return list(parts[: self.count].unbind())
+
+    def _exchanged(self, sent: Tensor, gone: list[int], come: list[int]) -> Float[Tensor, " N"]:
+        """What comes of rows of `each` matrices, where so many go to each rank and come from it."""
+        numbers = lambda rows: [self.each * some * self.columns for some in rows]
+        found = sent.new_empty(sum(numbers(come)))
+        dist.all_to_all_single(found, sent.flatten(), numbers(come), numbers(gone), group=self.group)
+        return found
 
 
-def restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts whole tensors into a model that may be shared with other ranks."""
-    model.load_state_dict({name: like(tensors[name], own) for name, own in model.state_dict().items()})
+def is_cut(t: Tensor) -> TypeGuard[DTensor]:
+    """Whether ranks have different parts of a tensor ("fsdp"), not the whole each."""
+    return isinstance(t, DTensor) and t.device_mesh.ndim == 1
 
 
 def alone(model: nn.Module) -> Sequence[nn.Module]:
