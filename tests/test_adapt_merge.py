@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapted import DECODER, IDS, logits, stirred, tiny
 from torch import nn
 
 from headway import adapt
 from headway.adapt._int8 import RoundedLinear, weight_of
 from headway.quantize import nbytes
-from tests.test_adapt import DECODER, IDS, logits, stirred, tiny
 
 
 @pytest.mark.parametrize("how", [{"rslora": True}, {"dora": True}, {"targets": ["blocks.*", "lm.out"]}])

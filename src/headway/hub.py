@@ -16,6 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headway import families, machine, models
+from headway.adapt._base import adaptation_of
+from headway.adapt._files import rebuild, save
+from headway.adapt._merge import fold
 from headway.families import Published
 from headway.families._export import export
 from headway.families._sentence import with_sentence
@@ -160,7 +163,14 @@ class Loaded(Bare):
         return answer(self, question, context, top=top, stride=stride, max_answer=max_answer)
 
     def save(self, folder: str | Path, format: Literal["headway", "transformers"] = "headway") -> None:
-        """Writes the model as a folder, atomically: Headway's own, or one that transformers loads."""
+        """Writes the model as a folder, atomically: Headway's own, or one that transformers loads; of an adapted one,
+        its adapter alone."""
+        if adaptation_of(self.net) is not None:
+            if format != "headway":
+                raise ValueError(
+                    "save: headway.adapt.fold(model) makes adapters part of a model that transformers loads"
+                )
+            return save(self, folder)
         if format == "headway":
             return super().save(folder)
         if format != "transformers":
@@ -199,6 +209,7 @@ def load(
     model = _load(source, How(torch.device(device or machine.device()), dtype, heads, quantize))
     if quantize is not None:
         model.pack(quantize)
+    model.origin = str(source)
     return model
 
 
@@ -229,8 +240,10 @@ def _load(source: str | Path, how: How) -> Loaded:
 
 def _folder(folder: Path, how: How) -> Loaded:
     inner = folder / "model"
-    if (inner / "spec.json").is_file():
+    if (inner / "spec.json").is_file() or (inner / "adapter.json").is_file():
         folder = inner
+    if (folder / "adapter.json").is_file():
+        return _adapted(folder, how)
     if (folder / "spec.json").is_file():
         return _own(folder, how)
     if (folder / "config.json").is_file():
@@ -260,6 +273,14 @@ def _own(folder: Path, how: How) -> Loaded:
     net = _network(model, tensors.get("model", {}), folder, how)
     image = convert(spec["image"], ImageSpec, where) if "image" in spec else None
     return Loaded(net, _with_heads(model, how.heads), source, target, facts=facts, image=image)
+
+
+def _adapted(folder: Path, how: How) -> Loaded:
+    """A saved adapter, on the model that it was learned upon. In 8 bits, it becomes part of the weights."""
+    if how.heads:
+        raise ValueError(f"{folder}: an adapter has the heads it was trained with: load its model to name new ones")
+    model = rebuild(folder, lambda source, heads: _load(source, how._replace(heads=heads, quantize=None)))
+    return fold(model) if how.quantize else model
 
 
 def _tokenizer(folder: Path, side: str, records: dict[str, Any]) -> Tokenizer | PublishedTokenizer | None:

@@ -84,6 +84,7 @@ class Loaded:
         self.net: Any = net.eval()
         self._parameters = sum(p.numel() for p in net.parameters())  # counted before they may be packed
         self.spec, self.image = spec, image
+        self.origin = ""  # what it was loaded from
         self.source, self.target = source, target if target is not None else source
         given = {"max_tokens": max_tokens, "lowercase": lowercase}
         told = {key: value for key, value in given.items() if value is not None}

@@ -81,6 +81,7 @@ def _adapt(
         known.quantize = quantize
     net.requires_grad_(False)
     net.adaptation = known
+    known.source = known.source or getattr(model, "origin", "")
     for place, adapter in made:
         put(place.module, known, name, place.part, adapter, place.name)
     for head in heads:
@@ -209,7 +210,7 @@ class Adapt:
     attach, save = staticmethod(attach), staticmethod(save)
     bare, use, remove = staticmethod(bare), staticmethod(use), staticmethod(remove)
     merge, unmerge, fold = staticmethod(merge), staticmethod(unmerge), staticmethod(fold)
-    methods, state = staticmethod(methods), staticmethod(state)
+    methods, state, adaptation_of = staticmethod(methods), staticmethod(state), staticmethod(adaptation_of)
 
 
 adapt = Adapt()

@@ -113,6 +113,7 @@ class Adaptation:
         self.off = 0
         self.merged = False
         self.base = ""  # the hash of the network as it was before
+        self.source = ""  # where that can be loaded from, if it is known
         self.quantize: str | None = None
         self._which: dict[tuple[Any, ...], Tensor] = {}
 

@@ -4,6 +4,7 @@ weights that it was learned upon. Megabytes, where the model has gigabytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -67,6 +68,7 @@ def save(
         raise ValueError("save: an adapter with heads is saved from the loaded model, which knows their specs, not "
                          "from its network")  # fmt: skip
     heads = {head: msgspec.to_builtins(model.spec["heads"][head]) for head in record.heads}
+    base = base or known.source
     where = str(Path(base).resolve()) if base and Path(base).exists() else base
     saved = Saved(headway=__version__, method=record.method, targets=record.targets, options=record.options,
                   base=Base(hash=known.base, load=where), heads=heads, quantize=known.quantize)  # fmt: skip
@@ -82,10 +84,11 @@ def read(folder: Path) -> tuple[Saved, dict[str, Tensor]]:
     return convert(records[FILE], Saved, str(folder / f"{FILE}.json")), tensors[FILE]
 
 
-def attach(model: M, folder: str | Path, *, name: str | None = None) -> M:
-    """Gives a model a saved adapter, in Headway's format or PEFT's, under its own name or the folder's; it then acts.
+def attach(model: M, folder: str | Path, *, name: str | None = None, quantize: str | None = None) -> M:
+    """Gives a model a saved adapter, in Headway's format or PEFT's, and has it act.
 
-    A ValueError where it was learned upon other weights, or where anything in it does not fit.
+    quantize: "int8" rounds the model, as `adapt` does. A ValueError where it was learned upon other weights, or where
+    anything in it does not fit.
     """
     from headway.adapt import adapt
 
@@ -101,7 +104,15 @@ def attach(model: M, folder: str | Path, *, name: str | None = None) -> M:
     if lacking:
         raise ValueError(f"{path}: was trained with the head '{lacking[0]}', which this model has not: load it with "
                          f"headway.load(..., heads={{{lacking[0]!r}: ...}})")  # fmt: skip
-    adapt(model, saved.method, targets=saved.targets, name=name, heads=tuple(saved.heads), **saved.options)
+    adapt(
+        model,
+        saved.method,
+        targets=saved.targets,
+        name=name,
+        heads=tuple(saved.heads),
+        quantize=quantize,
+        **saved.options,
+    )
     try:
         fill(model, tensors, name, path)
     except ValueError:
@@ -110,6 +121,17 @@ def attach(model: M, folder: str | Path, *, name: str | None = None) -> M:
         remove(model, name)
         raise
     return model
+
+
+def rebuild(folder: Path, load: Callable[[str, dict[str, Any] | None], Any]) -> Any:
+    """The adapted model of a saved adapter that says where its base can be loaded from: `load` takes that and heads."""
+    saved, _ = read(folder)
+    if not saved.base.load:
+        raise ValueError(f"{folder}: an adapter that does not say for which model: load that one, and then "
+                         "headway.adapt.attach(model, folder)")  # fmt: skip
+    model = load(saved.base.load, saved.heads or None)
+    model.origin = saved.base.load
+    return attach(model, folder, quantize=saved.quantize)
 
 
 def check_base(model: Any, expected: str, where: Path) -> None:

@@ -12,14 +12,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from headway.train.network import learned, relearn
+
 
 class Average:
-    """The average of all that a model's state holds; what is no float is the model's own. In fp32 at least."""
+    """The average of all that a model learns; what is no float is the model's own. In fp32 at least."""
 
     def __init__(self, model: nn.Module, ema: float) -> None:
         self.ema = ema
         self.tensors: dict[str, Tensor] = {}
-        self.restore(model.state_dict())
+        self.restore(learned(model))
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Begins with these."""
@@ -29,7 +31,7 @@ class Average:
     def update(self, model: nn.Module, step: int) -> None:
         """Takes the weights in that a model has after a step, counted from 0."""
         weight = 1.0 - min(self.ema, (1.0 + step) / (10.0 + step))
-        for name, tensor in model.state_dict().items():
+        for name, tensor in learned(model).items():
             if tensor.is_floating_point():
                 self.tensors[name].lerp_(tensor, weight)
             else:
@@ -38,9 +40,9 @@ class Average:
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
         """The model has the average for its weights for as long as the block lasts."""
-        own = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        model.load_state_dict(self.tensors)
+        own = {name: tensor.detach().clone() for name, tensor in learned(model).items()}
+        relearn(model, self.tensors)
         try:
             yield
         finally:
-            model.load_state_dict(own)
+            relearn(model, own)

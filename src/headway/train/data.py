@@ -26,7 +26,7 @@ VALID_ROWS = 1000  # for the points of a learning curve; the figure at the end t
 @dataclass(frozen=True)
 class Prepared:
     """Shared by every model of a comparison. `batches` are what is trained on; `valid` and `curve` what is held out,
-    all of it and a sample; `fingerprint` is of everything that is trained on."""
+    all of it and a sample; `fingerprint` is of everything that is trained on. `adapt` and `freeze` are the recipe's."""
 
     splits: Splits
     objective: Base
@@ -35,6 +35,8 @@ class Prepared:
     valid: Order
     curve: Order
     fingerprint: str
+    adapt: dict[str, Any] | None = None
+    freeze: tuple[str, ...] = ()
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -74,6 +76,8 @@ def prepare(recipe: Recipe) -> Prepared:
         whole,
         order(Examples(valid[i] for i in range(0, len(valid), every))) if every > 1 else whole,
         fingerprint=hashlib.sha256(record).hexdigest(),
+        adapt=recipe.adapt,
+        freeze=recipe.freeze,
     )
 
 

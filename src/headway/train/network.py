@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from torch import nn
+from torch import Tensor, nn
 
 from headway import hub, models
+from headway.adapt import adapt
+from headway.adapt._base import adaptation_of
+from headway.adapt._targets import matches
 from headway.heads import HeadSpec
 from headway.objectives._tools import Tools
 from headway.recipe import OptimizerSpec, Recipe
-from headway.spec import convert
+from headway.spec import convert, nearest
 from headway.train.data import Prepared
 
 
@@ -31,7 +35,8 @@ def spec_of(model: dict[str, Any], prepared: Prepared) -> dict[str, Any]:
         return spec
     if new := _new(spec, start):  # which take the place of the checkpoint's own
         spec = {**spec, "heads": new}
-    return {"load": model["load"], **spec}
+    frozen = {"adapt": prepared.adapt, "freeze": list(prepared.freeze)}
+    return {"load": model["load"], **spec, **{key: value for key, value in frozen.items() if value}}
 
 
 def refuse_redraw(model: nn.Module, recipe: Recipe, optimizer: OptimizerSpec) -> None:
@@ -50,12 +55,45 @@ def refuse_redraw(model: nn.Module, recipe: Recipe, optimizer: OptimizerSpec) ->
 
 
 def network(spec: dict[str, Any], tools: Tools) -> nn.Module:
-    """Fresh, or loaded; heads that the checkpoint does not have are drawn, and no other weight is."""
+    """Fresh, or loaded; heads that the checkpoint does not have are drawn, and no other weight is but adapters'."""
     if tools.start is None:
         return models.build(spec)
-    if new := _new(spec, tools.start):
-        return hub.load(spec["load"], device="cpu", heads=new).net
-    return copy.deepcopy(tools.start.net)
+    new = _new(spec, tools.start)
+    net = hub.load(spec["load"], device="cpu", heads=new).net if new else copy.deepcopy(tools.start.net)
+    if "adapt" in spec:
+        _adapt(net, dict(spec["adapt"]), tuple(new))
+        net.adaptation.source = spec["load"]
+    _freeze(net, spec.get("freeze", ()))
+    return net
+
+
+def _adapt(net: nn.Module, how: dict[str, Any], new: tuple[str, ...]) -> None:
+    """Gives a network the adapter of a recipe, beside which new heads train."""
+    if not isinstance(method := how.pop("method", None), str):
+        raise ValueError(f"adapt.method: is missing; there is {', '.join(adapt.methods())}")
+    heads = tuple(dict.fromkeys([*how.pop("heads", ()), *new]))
+    adapt(net, method, heads=heads, **how)
+
+
+def _freeze(net: nn.Module, patterns: Sequence[str]) -> None:
+    """Parameters whose names patterns mean stay as they are."""
+    names = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    for pattern in patterns:
+        found = [parameter for name, parameter in names.items() if matches(pattern, name)]
+        if not found:
+            raise ValueError(f"freeze: '{pattern}' means no parameter that trains{nearest(pattern, names)}")
+        for parameter in found:
+            parameter.requires_grad_(False)
+
+
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """What of a model's state a checkpoint holds: all of it, or what adapters and new heads learn on a frozen base."""
+    return adapt.state(model) if adaptation_of(model) is not None else model.state_dict()
+
+
+def relearn(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """The way back of `learned`."""
+    model.load_state_dict(tensors, strict=adaptation_of(model) is None)
 
 
 def _new(spec: dict[str, Any], start: hub.Loaded) -> dict[str, Any]:
