@@ -101,6 +101,11 @@ def build(trial: Trial, task: Task) -> nn.Module:
 
 def run(trial: Trial, device: torch.device | str = "cpu", tell: Tell = SILENT) -> Outcome:
     """Trains and tests; a ValueError of one line where a mixer cannot do the task at all."""
+    return train(trial, device, tell)[1]
+
+
+def train(trial: Trial, device: torch.device | str = "cpu", tell: Tell = SILENT) -> tuple[Any, Outcome]:
+    """The same, with the model that was trained."""
     task, on = tasks.build(trial.task), torch.device(device)
     with torch.random.fork_rng(devices=[on] if on.type == "cuda" else []):
         torch.manual_seed(trial.seed)
@@ -113,7 +118,7 @@ def run(trial: Trial, device: torch.device | str = "cpu", tell: Tell = SILENT) -
     for length in trial.tested:
         scores[length] = score(net, draw(task.held_out(), trial, length, trial.test_rows), on, trial.rows)
     speed = max(0, steps - WARM) * trial.rows * trial.length / seconds if seconds else 0.0
-    return Outcome(
+    return net.eval(), Outcome(
         accuracy={length: found.accuracy for length, found in scores.items()},
         asked={length: found.asked for length, found in scores.items()},
         loss=scores[trial.length].loss,

@@ -1,6 +1,7 @@
 """Claims: what is commonly said of architectures, and a measurement that can contradict it. One file each: the file's
 name is the claim's name. It defines SECTION ("A" to "G"), TITLE, SAID (what is commonly said), METHOD (how it is
-measured, in one line), RULE (what the verdict follows from) and `measure(how) -> Found`.
+measured, in one line), RULE (what the verdict follows from) and `measure(how) -> Found`;
+and may define SECONDS, what it takes on two cores, (quick, full).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ SECTION = "G"
 TITLE = "Blends of two mixers"
 SAID = "A blend of two mixers beats both of its parts."
 METHOD = "Two layers of width 64: both of one kind, or one of each; the same rows of MQAR and of selective copying."
+SECONDS = (30.0, 600.0)
 SURE = 2.0  # standard errors
 RULE = (
     f"A blend beats its parts on a task where its accuracy is {SURE:g} standard errors above that of the better one, "
@@ -32,13 +33,13 @@ def measure(how: How) -> Found:
     parts = {name: known[title] for name, title in PARTS.items()}
     chosen = {**parts, **{f"{a} + {b}": (*parts[a], *parts[b]) for a, b in BLENDS}}
     found: dict[str, dict[str, Entry]] = {}
-    kinds = {"mqar": {"pairs": 4, "symbols": 16}, "selective_copying": {}}
+    kinds = {"mqar": {"pairs": 4, "symbols": 8}, "selective_copying": {}}
     for i, (kind, options) in enumerate(kinds.items()):
         base = Trial(
             task={"name": kind, **options},
             mixers=({"name": "identity"},),
             steps=80 if how.quick else 1500,
-            rows=32 if how.quick else 64,
+            rows=16 if how.quick else 64,
             every=10,
             optimizer=RATES,
             seed=how.seed,

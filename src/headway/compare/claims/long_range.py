@@ -20,6 +20,7 @@ SECTION = "F"
 TITLE = "Long-range tasks"
 SAID = "Efficient mixers keep up with attention on long rows."
 METHOD = "Two layers learn ListOps, Pathfinder and which package bytes of source are from, all from the same rows."
+SECONDS = (60.0, 1800.0)
 SURE = 3.0  # standard errors
 RULE = (
     f"A task counts where somebody is {SURE:g} standard errors above chance; it holds where, on every such task, "
