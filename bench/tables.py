@@ -296,6 +296,55 @@ def pages() -> str:
     )
 
 
+def training() -> str:
+    record, prose = read("train"), read("prose")
+    lines = []
+    if record:
+        decoder, skewed, loop = record["decoder"], record["skewed"], record["loop"]
+        speed, real = decoder["tokens_per_second"], skewed["real_tokens_per_second"]
+        sides = [
+            (f"10.8M decoder, {kind}", speed, *(decoder[kind][key] for key in ("ours", "fastest_peer", "ratio")), bar)
+            for kind, bar in (("fp32", "1.0x"), ("bf16", "1.1x"))
+        ]
+        sides.append(("masked LM, skewed lengths", real, skewed["ours"], skewed["theirs"], skewed["ratio"], "2.5x"))
+        lines += [
+            "| training | ours | tokens/s | fastest peer | tokens/s | ratio | bar |",
+            "|---|---|---|---|---|---|---|",
+            *(
+                f"| {what} | {ours.removeprefix('headway ')} | {fast[ours]['median']:,.0f} | {peer} "
+                f"| {fast[peer]['median']:,.0f} | {ratio:.2f}x | {bar} |"
+                for what, fast, ours, peer, ratio, bar in sides
+            ),
+            "",
+            "Share of the machine's best matrix product (6 FLOPs a weight and token): "
+            f"{decoder['fp32']['share_of_gemm_peak_6nd']:.1%} in fp32 (bar 74%), "
+            f"{decoder['bf16']['share_of_gemm_peak_6nd']:.1%} in bf16 (bar 62%). The loop costs "
+            + " and ".join(f"{part['overhead']:.1%} ({name})" for name, part in loop.items())
+            + " over the bare step (bar 2%), a checkpoint every 100 steps "
+            + " and ".join(f"{part['checkpoint_overhead_every_100_steps']:.2%}" for part in loop.values())
+            + f" (bar 3%). Medians of rounds in turn. {machine(record)}. `bench/train.py`",
+        ]
+    if prose:
+        bits = ", ".join(
+            f"{title} {prose[side]['bits_per_byte']:.3f}"
+            for side, title in (
+                ("ours", "recipe `prose`"),
+                ("theirs", "nanoGPT-style, bytes"),
+                ("theirs-tokens", "nanoGPT-style, our tokens"),
+            )
+            if side in prose
+        )
+        ours = prose.get("ours", {})
+        packed = ", ".join(f"{n} {ours[f'bits_per_byte_{n}_baseline']:.3f}" for n in ("xz", "zstd") if ours)
+        seconds = next(side["seconds"] for side in prose.values() if isinstance(side, dict) and "seconds" in side)
+        lines += [
+            "",
+            f"Bits per byte of held-out documentation after {seconds:,.0f} seconds of training: {bits}"
+            f"{'; ' + packed if packed else ''}. `bench/prose.py`",
+        ]
+    return "\n".join(lines)
+
+
 def fill(text: str) -> str:
     """A page with its marked tables made anew."""
     made = {
@@ -307,6 +356,7 @@ def fill(text: str) -> str:
         "limits": limits(),
         "look": look(),
         "pages": pages(),
+        "training": training(),
     }
     for name, table in made.items():
         text = re.sub(
@@ -316,5 +366,5 @@ def fill(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in (ROOT / "README.md", ROOT / "docs" / "limits.md"):
+    for path in (ROOT / "README.md", ROOT / "docs" / "limits.md", ROOT / "docs" / "training.md"):
         path.write_text(fill(path.read_text("utf-8")), "utf-8")
