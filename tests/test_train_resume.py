@@ -30,6 +30,7 @@ from headway.train.loop import Trainer
 BLOCKS = [{"mixer": {"name": "attention", "heads": 2}, "feedforward": {"hidden": 32}}]
 ENCODER = {"kind": "encoder", "width": 16, "dropout": 0.1, "stack": {"blocks": BLOCKS}}
 DECODER = {**ENCODER, "kind": "decoder"}
+LOADED = {"load": "TEACHER"}
 PAIRED = {**ARCHITECTURES["transformer"], "width": 16, "dropout": 0.1}
 # of each objective, the smallest recipe that trains it
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -39,7 +40,9 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "contrastive": ({"pairs": "second"}, ENCODER),
     "distill": ({"teacher": "TEACHER", "of": {"name": "causal"}}, DECODER),
     "fim": ({}, DECODER),
+    "grpo": ({"reward": "per", "answers": 2, "tokens": 4, "epochs": 2}, LOADED),
     "masked": ({}, ENCODER),
+    "ppo": ({"reward": "per", "answers": 2, "tokens": 4, "epochs": 2}, LOADED),
     "seq2seq": ({"smoothing": 0.1}, PAIRED),
     "span": ({}, PAIRED),
 }
@@ -65,13 +68,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe_of(name: str, folder: Path) -> dict[str, Any]:
     options, model = RECIPES[name]
     options = {key: str(folder / value) if value == "TEACHER" else value for key, value in options.items()}
+    tokenizers = {"input": {"kind": "characters"}, "target": {"kind": "characters"}}
+    if model is LOADED:  # which brings its own
+        tokenizers = {}
     return {
         "data": {"source": str(folder / "rows.csv"), "held_out": 10},
-        "tokenizers": {"input": {"kind": "characters"}, "target": {"kind": "characters"}},
+        "tokenizers": tokenizers,
         "objective": {"name": name, **options},
-        "model": model,
+        "model": {"load": str(folder / "TEACHER")} if model is LOADED else model,
         "budget": {"steps": 10},
-        "batch_tokens": 128 if name in PACKED else 640,
+        "batch_tokens": 128 if name in PACKED else 1280 if model is LOADED else 640,
         "max_tokens": 64,
         "precision": "fp32",
         "evaluations": 3,

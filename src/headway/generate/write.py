@@ -60,19 +60,30 @@ class Token(NamedTuple):
 
 
 def tokens(
-    model: Loaded, rows: Sequence[Sequence[int]], how: Options, numbers: Sequence[int] | None = None
+    model: Loaded,
+    rows: Sequence[Sequence[int]],
+    how: Options,
+    numbers: Sequence[int] | None = None,
+    *,
+    copies: int = 1,
 ) -> Generator[Token, set[int] | None, None]:
     """Tokens of all rows as they come; the caller may `send` the rows that need not go on (a stop string).
 
-    `numbers`: what each row is called among all prompts, for its randomness (default: as they stand here).
+    `numbers`: what each row is called among all prompts, for its randomness (default: as they stand here). `copies`:
+    how many texts go on from each row, which is read once; they are rows of their own, one after the other.
     """
     room = room_for(model, rows, how.tokens)
     writer = writer_of(model, rows, max(room))
+    logits = writer.first()
+    if copies > 1:
+        again = torch.arange(len(rows), device=model.device).repeat_interleave(copies)
+        writer.keep(again)
+        logits, rows, room = logits[again], [rows[i] for i in again.tolist()], [room[i] for i in again.tolist()]
     there = list(range(len(rows)))
     seen = [list(row) if model.kind == "decoder" else [] for row in rows]
     luck = [random.Random((how.seed << 32) + row) for row in numbers or there]
     bad = torch.tensor(model.facts.bad, dtype=torch.long, device=model.device) if model.facts.bad else None
-    logits, done, asked = writer.first(), set[int](), set[int]()
+    done, asked = set[int](), set[int]()
     for step in range(max(room)):
         drawn = draw(logits, how, [seen[row] for row in there], [luck[row] for row in there], bad)
         if (must := forced(model, step, max(room))) is not None:

@@ -86,11 +86,23 @@ class Model(nn.Module):
         state: States | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits of the token behind each one of `target`. With a state, `pos` says where the new tokens stand."""
+        return self.head_of(self.states(target, memory, pos=pos, valid=valid, state=state))
+
+    def states(
+        self,
+        target: Int[Tensor, "B T"],
+        memory: Memory,
+        *,
+        pos: Int[Tensor, "B T"] | None = None,
+        valid: Tensor | None = None,
+        state: States | None = None,
+    ) -> Float[Tensor, "B T C"]:
+        """The decoder's hidden states, of which `head_of` makes what `decode` gives."""
         if state is not None and pos is None:
             raise ValueError("seq2seq.decode: a stream needs pos=, the positions of the new tokens")
         if pos is None:
             pos = positions_of(valid, target.shape[0], target.shape[1], target.device)
-        x = self.decoder(
+        return self.decoder(
             self.embed_target(target),
             mask=Mask(causal=True, valid=valid),
             pos=pos,
@@ -98,7 +110,6 @@ class Model(nn.Module):
             context=memory.x,
             context_mask=Mask(valid=memory.valid),
         )
-        return self.head_of(x)
 
     def embed_target(self, target: Int[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
         """What enters the decoder, positions apart."""
