@@ -152,18 +152,6 @@ class Base(ABC):
         """The way back of `kept`."""
         return
 
-    def begin(self, net: nn.Module) -> None:
-        """A training begins: gives a network what only training needs, forgets what another training left."""
-        return
-
-    def kept(self) -> dict[str, Tensor]:
-        """What is remembered from step to step beside the model; it is part of every checkpoint."""
-        return {}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The way back of `kept`."""
-        return
-
     @torch.no_grad()
     def rehearse(self, net: nn.Module, batch: Any, tools: Tools) -> None:
         """Shows a new model the longest example it may meet, so that a mistake costs a second and no training."""
