@@ -39,8 +39,13 @@ def published_form(model: Loaded) -> tuple[Published, dict[str, Any], dict[str, 
     if not model.facts.family:
         raise ValueError("save: this model is of no published family, so transformers cannot load it: format='headway'")
     spec = msgspec.to_builtins(model.spec)
-    config = families.family(model.facts.family).write(spec, model.facts)
+    try:
+        config = families.family(model.facts.family).write(spec, model.facts)
+    except KeyError:  # what a family's layers have, and those of other mixers have not
+        raise _other_mixers(model.facts.family) from None
     found = families.read(config, "config.json")
+    if _mixers_of(spec) != _mixers_of(msgspec.to_builtins(found.spec)):
+        raise _other_mixers(model.facts.family)
     _same_heads(spec.get("heads", {}), msgspec.to_builtins(found.spec).get("heads", {}), config)
     return found, config, spec
 
