@@ -58,7 +58,7 @@ class Objective(causal.Objective):
         self.tools, self.room = tools, tools.max_tokens + 1  # the last token is predicted, and not read
         self.prefix, self.suffix, self.middle = (tools.extra[name] for name in MARKS)
         begin = tools.bos if tools.bos is not None else tools.eos
-        self.begin = [] if begin is None else [begin]
+        self.opening = [] if begin is None else [begin]
 
     def encode(self, row: Values, tools: Tools) -> Iterable[Example]:
         """Pieces of the text, bare, and whether each is the first, the last, and may be rearranged."""
@@ -68,12 +68,12 @@ class Objective(causal.Objective):
         exact = tools.text(ids) == row[0]
         if not exact and UNK not in ids:
             raise ValueError(f"{row[0][:40]!r} is not what this tokenizer gives back, so no gap fits it: use bpe")
-        length = self.room - len(self.begin) - len(MARKS) - 1 - SPARE
+        length = self.room - len(self.opening) - len(MARKS) - 1 - SPARE
         for start in range(0, len(ids), length):
             yield ids[start : start + length], (start == 0, start + length >= len(ids), exact)
 
     def sizes(self, example: Example) -> tuple[int, ...]:
-        return (len(example[0]) + len(self.begin) + len(MARKS) + SPARE,)  # at most
+        return (len(example[0]) + len(self.opening) + len(MARKS) + SPARE,)  # at most
 
     def collate(self, examples: Sequence[Sequence[Example]], random: np.random.Generator) -> Tokens:
         made = [[self.arrange(example, random) for example in row] for row in examples]
@@ -82,7 +82,7 @@ class Objective(causal.Objective):
     def arrange(self, example: Example, random: np.random.Generator) -> list[int]:
         """The ids of a piece with its ends, perhaps rearranged."""
         ids, (first, last, exact) = [int(i) for i in example[0]], example[1]
-        begin = self.begin if first else []
+        begin = self.opening if first else []
         turn, order, *cuts = random.random(4)
         text = self.tools.text(ids) if exact and turn < self.rate else BROKEN
         if BROKEN not in text:
@@ -107,7 +107,7 @@ class Objective(causal.Objective):
         if not gaps:
             return found
         prompts = [self.prompt(gap) for gap in gaps]
-        left = [[*self.begin, *prefix[-self.room // 2 :]] for prefix in (tools.ids(gap.before) for gap in gaps)]
+        left = [[*self.opening, *prefix[-self.room // 2 :]] for prefix in (tools.ids(gap.before) for gap in gaps)]
         shares = {
             "exact_lines": right(gaps, written(model, prompts, tools)),
             "exact_lines_left_alone": right(gaps, written(model, left, tools)),
@@ -131,7 +131,7 @@ class Objective(causal.Objective):
         """What the model is to go on from, in PSM: a third of its room before the gap, a third behind it."""
         side = self.room // 3
         before, after = self.tools.ids(gap.before)[-side:], self.tools.ids(gap.after)[:side]
-        return [*self.begin, *self.ordered(before, [], after)[:-1]]
+        return [*self.opening, *self.ordered(before, [], after)[:-1]]
 
 
 def lines(rows: Sequence[Values], count: int) -> list[Gap]:
