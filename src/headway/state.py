@@ -149,6 +149,37 @@ class Cross:
         """A context has no past of its own."""
 
 
+class Prefixed:
+    """Learned keys and values that attention sees before all others (prefix tuning, 2101.00190), at positions 0, 1, ...
+
+    It is given in the place of a state, and stands around the one that there is, if any.
+    """
+
+    def __init__(self, k: Float[Tensor, "G n D"], v: Float[Tensor, "G n D"], state: State | None = None) -> None:
+        self.k, self.v, self.state = k, v, state
+
+    def before(self, k: Float[Tensor, "B G S D"], v: Float[Tensor, "B G S D"]) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer."""
+        whole = [torch.cat([own.to(t.dtype).expand(len(t), -1, -1, -1), t], 2) for own, t in ((self.k, k), (self.v, v))]
+        return whole[0], whole[1]
+
+    def positions(self, pos: Int[Tensor, "B T"]) -> Int[Tensor, "B S"]:
+        """Where all of them stand, the tokens at `pos`."""
+        return torch.cat([torch.arange(self.k.shape[1], device=pos.device).expand(len(pos), -1), pos], 1)
+
+    @property
+    def nbytes(self) -> int:
+        return _bytes(self.k, self.v) + (0 if self.state is None else self.state.nbytes)
+
+    def reorder(self, rows: Int[Tensor, " R"]) -> None:
+        if self.state is not None:  # the prefix is the same for all rows
+            self.state.reorder(rows)
+
+    def rewind(self, length: int) -> None:
+        if self.state is not None:
+            self.state.rewind(length)
+
+
 class Recurrent:
     """A few tensors of fixed size that sum up all of the past."""
 

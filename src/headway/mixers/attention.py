@@ -23,7 +23,7 @@ from headway.mask import Mask
 from headway.mixers import Cost, Mixer
 from headway.positions import Positions
 from headway.spec import Epsilon, Size
-from headway.state import Cross, KeyValue, Ring, State
+from headway.state import Cross, KeyValue, Prefixed, Ring, State
 
 
 class Attention(Mixer):
@@ -84,12 +84,14 @@ class Attention(Mixer):
         state: State | None = None,
         context: Float[Tensor, "B S C"] | None = None,
     ) -> Float[Tensor, "B T C"]:
+        prefix, state = (state, state.state) if isinstance(state, Prefixed) else (None, state)
         self.require(mask, state, context)
         q = self._queries(x)
         if context is None:
-            y = self._own(q, x, mask & self.local, pos, state)
+            y = self._own(q, x, mask & self.local, pos, state, prefix)
         else:
             k, v = self._keys_values(context) if state is None else self._remembered(state, context)
+            k, v = (k, v) if prefix is None else prefix.before(k, v)
             y = attend(q, k, v, mask, softcap=self.softcap, scale=self.scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -124,9 +126,16 @@ class Attention(Mixer):
         """The weights that `forward` uses for the same input, by the reference; rows sum to one."""
         return self.glance(x, mask=mask, pos=pos, context=context).rows(slice(None))
 
-    def _own(self, q: Tensor, x: Tensor, mask: Mask, pos: Tensor, state: State | None) -> Tensor:
+    def _own(
+        self, q: Tensor, x: Tensor, mask: Mask, pos: Tensor, state: State | None, prefix: Prefixed | None
+    ) -> Tensor:
         k, v = self._keys_values(x)
         q, k = self.positions.rotate(q, pos), self.positions.rotate(k, pos)
+        if prefix is not None:  # of a stream, its state holds what stands before
+            k_pos, (k, v) = prefix.positions(pos), prefix.before(k, v)
+            bias = self.positions.bias(self.heads, pos, k_pos)
+            places = {} if mask.facts <= {"bidirectional", "padding"} else {"q_pos": pos, "k_pos": k_pos}
+            return attend(q, k, v, mask, **places, bias=bias, softcap=self.softcap, scale=self.scale)  # type: ignore[arg-type]
         if state is None:
             bias = self.positions.bias(self.heads, pos, pos)
             if mask.facts <= {"causal", "bidirectional", "window"}:  # indices say the same: the kernel stays free

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, NamedTuple
 
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from msgspec import Meta
 from torch import Tensor, nn
@@ -74,7 +75,10 @@ class Model(nn.Module):
         pos = positions_of(valid, source.shape[0], source.shape[1], source.device)
         x = self.source(source) if self.embed_scale == 1 else self.source(source) * self.embed_scale
         own = Mask(valid=valid)
-        return Memory(self.encoder(x, mask=own if mask is None else own & mask, pos=pos), valid)
+        x = self.encoder(x, mask=own if mask is None else own & mask, pos=pos)
+        if valid is not None and x.shape[1] > valid.shape[1]:  # a prompt was put before the source, and is read, too
+            valid = F.pad(valid, (x.shape[1] - valid.shape[1], 0), value=True)
+        return Memory(x, valid)
 
     def decode(
         self,

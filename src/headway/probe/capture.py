@@ -6,7 +6,7 @@ output without any hook, and what its mixers see is caught in a second, eager ru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any, NamedTuple
 
@@ -18,6 +18,12 @@ from headway.attend import Glance
 from headway.mask import Mask
 from headway.mixers import Mixer
 from headway.probe.stacks import bare, before, eager, is_compiled, name_of
+from headway.state import Prefixed
+
+UNSAID = (
+    "an adapter puts tokens that nobody wrote before all others, and no map could name them: look without it (inside "
+    "`with headway.adapt.bare(model)`)"
+)
 
 
 class Place(NamedTuple):
@@ -67,6 +73,8 @@ def capture(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Seen]]:
 
 def _keeper(seen: dict[int, Seen], i: int, place: Place) -> Callable[..., None]:
     def keep(mixer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if isinstance(named.get("state"), Prefixed):
+            raise ValueError(f"look: {UNSAID}")
         if named.get("state") is not None:
             raise ValueError("look: a stream remembers only what it needs: look at the whole text at once, no state")
         if i in seen:
@@ -74,6 +82,13 @@ def _keeper(seen: dict[int, Seen], i: int, place: Place) -> Callable[..., None]:
         seen[i] = Seen(place, mixer, inputs[0], named["mask"], named["pos"], named.get("context"))
 
     return keep
+
+
+def refuse_unsaid(seen: Sequence[Seen], tokens: Mapping[str, Sequence[str]]) -> None:
+    """Refuses mixers that saw more tokens than there are to name."""
+    for one in seen:
+        if one.x.shape[1] > len(tokens[one.place.queries]):
+            raise ValueError(f"look: {UNSAID}")
 
 
 def refuse_nan(net: nn.Module, output: Any, seen: Sequence[Seen]) -> None:

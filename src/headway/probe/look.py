@@ -18,7 +18,7 @@ from headway.attend import Glance
 from headway.loaded import Loaded
 from headway.mask import Mask
 from headway.probe import maps
-from headway.probe.capture import Place, Seen, capture, refuse_nan
+from headway.probe.capture import Place, Seen, capture, refuse_nan, refuse_unsaid
 from headway.probe.flow import rollout
 from headway.probe.implied import ImpliedMap, implied
 from headway.probe.influence import Influence, influence
@@ -66,6 +66,7 @@ class Look:
         refuse_nan(reading.net, self.output, self.seen)
         self.places: list[Place] = [seen.place for seen in self.seen]
         self.tokens = {side: rows[0] for side, rows in reading.labels.items()}
+        refuse_unsaid(self.seen, self.tokens)
         self.written = reading.written
         self._last: tuple[Seen, int, Glance] | None = None
 
