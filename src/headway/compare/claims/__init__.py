@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from headway.spec import Strict, nearest
 
@@ -73,6 +73,7 @@ class Found(Strict, frozen=True):
     settings: dict[str, Any] = {}
 
 
+@runtime_checkable
 class Claim(Protocol):
     """A claim's file."""
 

@@ -31,7 +31,7 @@ RULE = (
     "in fewer bits; a changed last byte changes nothing before it in the decoder, to the bit, and something in the "
     "encoder; a window's stream costs the same memory at any length. It holds where all are so, in part where some are."
 )
-SECONDS = (50.0, 600.0)
+SECONDS = (50.0, 200.0)
 LENGTH, WINDOW = 128, 32
 RATES = OptimizerSpec(lr=3e-3, matrix_lr=0.02, warmup=20, weight_decay=0.0)
 ATTENTION: dict[str, Any] = {"name": "attention", "heads": 2}
