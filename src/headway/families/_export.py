@@ -56,7 +56,18 @@ def _mixers_of(spec: dict[str, Any]) -> list[Any]:
         return [_mixers_of(tower) for tower in spec["towers"].values()]
     stacks = [spec[name] for name in ("stack", "encoder", "decoder") if name in spec]
     blocks = [block for stack in stacks for block in [*stack["blocks"]] * stack.get("repeat", 1)]
-    return [None if block.get("mixer") is None else msgspec.to_builtins(options(block["mixer"])[1]) for block in blocks]
+    return [None if block.get("mixer") is None else _options_of(block["mixer"], spec["width"]) for block in blocks]
+
+
+def _options_of(mixer: dict[str, Any], width: int) -> dict[str, Any]:
+    """All options of a mixer, what is left out as it then is."""
+    found = msgspec.to_builtins(options(mixer)[1])
+    usual = {
+        "kv_heads": found.get("heads"),
+        "head_dim": width // found.get("heads", width),
+        "out_bias": found.get("bias"),
+    }
+    return {"name": mixer["name"], **{k: usual.get(k) if value is None else value for k, value in found.items()}}
 
 
 def _other_mixers(family: str) -> ValueError:

@@ -98,16 +98,19 @@ def exactness(place: Place, causal: bool) -> Exactness:
     name = new["name"]
     if old.get("window") is not None and old.get("window") != new.get("window"):
         return Exactness(tokens=0, why="the original has a window of its own, and this one sees other tokens")
-    if name in ("attention", "longformer") and _dilation(new) == 1:
-        window = new.get("window", None if name == "attention" else 256)
+    if name in ("attention", "longformer", "streaming") and _dilation(new) == 1:
+        window = new.get("window", {"attention": None, "longformer": 256, "streaming": 1020}[name])
         sides = (window, window) if isinstance(window, int) else window
         reach = [side for side in ((sides or ())[:1] if causal else sides or ()) if side is not None]
         if not reach:
             return Exactness(tokens=None, why="every token sees all that it saw before")
-        sinks = f" and the first {new['sinks']}" if new.get("sinks") else ""
-        why = (f"the same weights and softmax, over the {min(reach)} nearest tokens{sinks}: equal while a text "
-               f"is no longer than {min(reach) + 1} tokens, approximate beyond")  # fmt: skip
-        return Exactness(tokens=min(reach) + 1, why=why)
+        sinks = new.get("sinks", 4 if name == "streaming" else 0)
+        equal = min(reach) + 1 + (sinks if causal else 0)  # on both sides, sinks are seen and do not see
+        near = f"the {min(reach)} nearest tokens" + (f" and the first {sinks}" if sinks else "")
+        why = f"the same weights and softmax, over {near}: equal while a text has up to {equal} tokens"
+        if sinks and name == "attention" and causal:
+            why += "; its sinks stay where they stand, so far beyond the trained length take streaming:window=N,sinks=M"
+        return Exactness(tokens=equal, why=why)
     return Exactness(tokens=0, why=_differs(name, new))
 
 
