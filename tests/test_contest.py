@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import torch
 
-from headway.compare import claims, contest, tasks, trial
+from headway.compare import claims, contest, published, tasks, trial
 from headway.compare.claims import How, _trials, bias, blends, efficient, encoder_decoder, fewer_pictures, long_range
 from headway.compare.claims import scaling as scaling_claim
 from headway.compare.contest import Entry
@@ -137,6 +137,20 @@ def test_as_good_as_attention_allows_for_the_error() -> None:
 
 def test_a_known_exponent_is_found() -> None:
     assert scaling_claim.exponent({n: 3.0 * n**-0.2 for n in (100, 1000, 10_000)}) == pytest.approx(0.2)
+
+
+def test_a_published_setting_is_one_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = published.trial_of("listops", "linformer")
+    assert (full.length, full.examples, full.steps) == (2000, 96_000, 5000) and full.mixers[0]["rank"] == 500
+    with pytest.raises(ValueError, match="did you mean 'pathfinder'"):
+        published.trial_of("pathfinde", "attention")
+    small = {"length": 24, "width": 16, "depth": 1, "hidden": 16, "rows": 4, "steps": 9, "examples": 8, "test_rows": 8}
+    monkeypatch.setitem(published.SIZES, "listops", small)
+    published.main("listops", "attention", device="cpu", steps=2)
+    record = msgspec.json.decode(capsys.readouterr().out)
+    assert record["outcome"]["steps"] == 2 and record["published"]["attention"] == "36.4%"
 
 
 # Encoder and decoder

@@ -6,7 +6,7 @@ that says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import msgspec
@@ -107,12 +107,6 @@ def frontier(points: Mapping[str, tuple[float, float]]) -> list[str]:
             kept.append(title)
             best = quality
     return kept
-
-
-def spread(values: Iterable[float]) -> tuple[float, float, float]:
-    """Mean, least and greatest."""
-    found = list(values)
-    return sum(found) / len(found), min(found), max(found)
 
 
 def beyond_chance(entry: Entry, length: int | None = None) -> float:

@@ -82,7 +82,10 @@ def measure(how: How) -> Found:
     return Found(
         verdict=HOLDS if all(parts.values()) else PARTLY if any(parts.values()) else FAILS,
         because=f"so: {', '.join(k for k, v in parts.items() if v) or 'none'}; "
-        f"not so: {', '.join(k for k, v in parts.items() if not v) or 'none'}",
+        f"not so: {', '.join(k for k, v in parts.items() if not v) or 'none'}. Probe: "
+        + ", ".join(f"{name} {right:.1f}%" for name, right in probed.items())
+        + "; bits for the last byte: "
+        + ", ".join(f"{name} {found:.2f}" for name, found in bits.items()),
         tables=(
             Table(title="The same stack, trained both ways", columns=columns, rows=rows),
             stream_table(streams, lengths),
