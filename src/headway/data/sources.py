@@ -55,6 +55,9 @@ class DataSpec(Strict, frozen=True, kw_only=False):
     question: str = "question"
     context: str = "context"
     answer: str = "answer"
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
     valid: str | None = None
     test: str | None = None
     negative: str = "negative"
@@ -244,7 +247,7 @@ def _placed(path: Path, row: Values, roles: Sequence[str]) -> Values:
     for role, value in zip(roles, row, strict=True):
         if role == "image" and isinstance(value, str):
             value = str(path.parent / value)
-        elif role == "label" and type(value) is int:
+        elif role == "label" and isinstance(value, int):  # or yes and no
             value = str(value)
         found.append(value)
     return tuple(found)
