@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from headway.spec import Strict, nearest
 
 Tell = Callable[[str, float], None]  # what is being done, and the share of the claim that is done, 0 to 1
-HOLDS, PARTLY, FAILS, OPEN = "holds", "holds from or up to a point", "does not hold here", "not decided here"
+Row = tuple[str | float | int | None, ...]
+HOLDS, PARTLY, FAILS, OPEN = "holds", "holds in part", "does not hold here", "not decided here"
 
 
 class How(Strict, frozen=True):
@@ -37,7 +38,7 @@ class Table(Strict, frozen=True):
 
     title: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[str | float | int | None, ...], ...]
+    rows: tuple[Row, ...]
     spread: dict[str, tuple[float, float]] = {}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Line, Plot, Table
+from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Line, Plot, Row, Table
 from headway.compare.claims._trials import hold, settings
 from headway.compare.contest import RATES, Entry
 from headway.compare.trial import Trial
@@ -60,7 +60,7 @@ def measure(how: How) -> Found:
     of = lambda task, name, size: entries[f"{task}, {name}, {size} examples"]
     won = [task for task, (_, own) in TASKS.items() if wins({n: of(task, n, decisive(entries, task, sizes))
                                                             for n in MIXERS}, own)]  # fmt: skip
-    rows = tuple(
+    rows: tuple[Row, ...] = tuple(
         (task, name, *(round(percent(of(task, name, size)), 1) for size in sizes)) for task in TASKS for name in MIXERS
     )
     columns = ("task", "mixer", *(f"accuracy with {size} examples, %" for size in sizes))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headway import models
-from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Line, Plot, Table
+from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Line, Plot, Row, Table
 from headway.data.builtin import digits
 from headway.recipe import OptimizerSpec
 from headway.train.optim import build_optimizers, set_rate
@@ -57,10 +57,12 @@ def measure(how: How) -> Found:
     leads = {kind: mean["ConvNet", kind, least] - mean["ViT", kind, least] for kind in kinds}
     error = 100 * (2 * 0.25 / (TESTED * seeds)) ** 0.5
     parts = (leads[kinds[0]] > SURE * error, leads[SHUFFLED] <= leads[kinds[0]] / 2)
-    rows = tuple((name, kind, *(round(mean[name, kind, n], 1) for n in sizes)) for name in MODELS for kind in kinds)
+    rows: tuple[Row, ...] = tuple(
+        (name, kind, *(round(mean[name, kind, n], 1) for n in sizes)) for name in MODELS for kind in kinds
+    )
     spread = {
-        f"{i},{2 + j}": (round(min(found[row[0], row[1], n]), 1), round(max(found[row[0], row[1], n]), 1))
-        for i, row in enumerate(rows)
+        f"{i},{2 + j}": (round(min(found[name, kind, n]), 1), round(max(found[name, kind, n]), 1))
+        for i, (name, kind) in enumerate((name, kind) for name in MODELS for kind in kinds)
         for j, n in enumerate(sizes)
     }
     columns = ("model", "pictures", *(f"accuracy with {n} rows, %" for n in sizes))

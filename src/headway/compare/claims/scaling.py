@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from headway.compare import growth
-from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Line, Plot, Table
+from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Line, Plot, Row, Table
 from headway.compare.claims._trials import hold, settings
 from headway.compare.contest import Entry
 from headway.compare.trial import Trial
@@ -56,7 +56,7 @@ def measure(how: How) -> Found:
     by_data = {name: by_tokens(each[-1]) for name, each in found.items()}
     fits = {name: (exponent(by_size[name]), exponent(by_data[name])) for name in MIXERS}
     ahead = [i for i in (0, 1) if fits["Transformer"][i] > fits["RNN (GRU)"][i]]
-    rows_ = tuple(
+    table: tuple[Row, ...] = tuple(
         (name, *(round(bits, 3) for bits in by_size[name].values()), round(fits[name][0], 3), round(fits[name][1], 3))
         for name in MIXERS
     )
@@ -64,7 +64,7 @@ def measure(how: How) -> Found:
     return Found(
         verdict=HOLDS if len(ahead) == 2 else PARTLY if ahead else FAILS,
         because="; ".join(f"{name}: {a:.3f} in parameters, {b:.3f} in tokens" for name, (a, b) in fits.items()),
-        tables=(Table(title="Held-out loss, and the exponent it falls with", columns=columns, rows=rows_),),
+        tables=(Table(title="Held-out loss, and the exponent it falls with", columns=columns, rows=table),),
         plots=(
             curve("Loss against size", "parameters", by_size, "Lower is better; a steeper line gains more from size."),
             curve("Loss against data", "tokens", by_data, "The largest of each; a steeper line learns more from data."),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -32,11 +33,15 @@ class Batch(NamedTuple):
     valid: Bool[Tensor, "B T"] | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(None if part is None else part.to(device) for part in self))
+        return self._each(lambda part: part.to(device))
 
     def rows(self, chosen: Any) -> Batch:
         """Some of the rows, by a slice or a tensor of their numbers."""
-        return Batch(*(None if part is None else part[chosen] for part in self))
+        return self._each(lambda part: part[chosen])
+
+    def _each(self, made: Callable[[Tensor], Tensor]) -> Batch:
+        valid = None if self.valid is None else made(self.valid)
+        return Batch(made(self.ids), made(self.targets), made(self.counts), valid)
 
 
 class Task(Strict, frozen=True):
