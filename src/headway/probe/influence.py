@@ -74,14 +74,14 @@ def influence(
 
         how: Any = (given.x.shape[1], rows, probes, block)
         if of in (None, own):
-            return _norms(chain, given.x, *how)
+            return norms(chain, given.x, *how)
         if layer is not None:
             assert given.context is not None
-            return _norms(lambda c: chain(given.x.expand(len(c), -1, -1), c), given.context, *how)
+            return norms(lambda c: chain(given.x.expand(len(c), -1, -1), c), given.context, *how)
         _, encoder = stack_at(look.net, "encoder")
         source, ends = Alone(*entering(look.rerun, encoder)[0], row), (0, len(encoder.blocks) - 1)
         encode = lambda x: _chain(encoder, ends, True, x, source.named(len(x), None))
-        return _norms(lambda x: chain(given.x.expand(len(x), -1, -1), encode(x)), source.x, *how)
+        return norms(lambda x: chain(given.x.expand(len(x), -1, -1), encode(x)), source.x, *how)
 
 
 def _part(net: Any, stack: str | None) -> tuple[str, Any]:
@@ -156,7 +156,7 @@ def _chain(body: Any, ends: tuple[int, int], whole: bool, x: Tensor, named: dict
     return body.norm(x) if whole else x
 
 
-def _norms(
+def norms(
     outputs: Callable[[Tensor], Tensor],
     x: Float[Tensor, "1 S C"],
     queries: int,
