@@ -21,7 +21,7 @@ RULE = (
     "A task is won by the mixer it was built for where, with the fewest examples that anybody learned from, none is "
     "better by two standard errors or more. It holds where all three are won, in part where some are."
 )
-SECONDS = (45.0, 400.0)
+SECONDS = (25.0, 400.0)
 MIXERS: dict[str, dict[str, Any]] = {
     "attention": {"name": "attention", "heads": 1},
     "recurrence": {"name": "rnn", "cell": "gru"},

@@ -12,7 +12,7 @@ SECTION = "G"
 TITLE = "Blends of two mixers"
 SAID = "A blend of two mixers beats both of its parts."
 METHOD = "Two layers of width 64: both of one kind, or one of each; the same rows of MQAR and of selective copying."
-SECONDS = (30.0, 400.0)
+SECONDS = (25.0, 400.0)
 SURE = 2.0  # standard errors
 RULE = (
     f"A blend beats its parts on a task where its accuracy is {SURE:g} standard errors above that of the better one, "

@@ -37,7 +37,7 @@ def measure(how: How) -> Found:
             task={"name": kind},
             mixers=({"name": "identity"},),
             length=length,
-            steps=150 if how.quick else 500,
+            steps=120 if how.quick else 500,
             rows=32,
             every=25,
             tested=(2 * length,),

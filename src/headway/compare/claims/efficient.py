@@ -38,7 +38,7 @@ def measure(how: How) -> Found:
             task=task,
             mixers=({"name": "identity"},),
             length=length,
-            steps=120 if how.quick else 300,
+            steps=100 if how.quick else 300,
             rows=16 if how.quick else 32,
             every=20,
             test_rows=256,

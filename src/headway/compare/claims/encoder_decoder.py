@@ -31,7 +31,7 @@ RULE = (
     "in fewer bits; a changed last byte changes nothing before it in the decoder, to the bit, and something in the "
     "encoder; a window's stream costs the same memory at any length. It holds where all are so, in part where some are."
 )
-SECONDS = (50.0, 200.0)
+SECONDS = (30.0, 200.0)
 LENGTH, WINDOW = 128, 32
 RATES = OptimizerSpec(lr=3e-3, matrix_lr=0.02, warmup=20, weight_decay=0.0)
 ATTENTION: dict[str, Any] = {"name": "attention", "heads": 2}
@@ -44,7 +44,7 @@ def measure(how: How) -> Found:
         mixers=(ATTENTION,),
         length=LENGTH,
         hidden=128,
-        steps=250 if how.quick else 3000,
+        steps=200 if how.quick else 3000,
         rows=16,
         every=10_000,
         test_rows=128,

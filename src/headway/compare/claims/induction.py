@@ -12,7 +12,7 @@ SECTION = "F"
 TITLE = "Induction, and rows longer than those learned from"
 SAID = "Attention with rotary positions learns induction, and loses it on longer rows; a recurrence keeps it."
 METHOD = "Two layers of width 64 learn induction on short rows, and are asked on rows two and four times as long."
-SECONDS = (20.0, 600.0)
+SECONDS = (8.0, 600.0)
 LEARNED, LOST = 80.0, 15.0  # percent, points
 RULE = (
     f"It holds where attention learned it ({LEARNED:g}% or more) and loses {LOST:g} points or more at four times the "

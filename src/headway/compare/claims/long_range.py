@@ -20,7 +20,7 @@ SECTION = "F"
 TITLE = "Long-range tasks"
 SAID = "Efficient mixers keep up with attention on long rows."
 METHOD = "Two layers learn ListOps, Pathfinder and which package bytes of source are from, all from the same rows."
-SECONDS = (60.0, 1300.0)
+SECONDS = (45.0, 1300.0)
 SURE = 3.0  # standard errors
 RULE = (
     f"A task counts where somebody is {SURE:g} standard errors above chance; it holds where, on every such task, "
@@ -71,7 +71,7 @@ def settings_of(how: How) -> list[Setting]:
     """Tasks, lengths and budgets: they differ in size alone."""
     listops, pathfinder, sources = {"name": "listops"}, {"name": "pathfinder"}, {"name": "sources"}
     if how.quick:
-        few = {"steps": 60, "rows": 32, "test_rows": 512}
+        few = {"steps": 60, "rows": 16, "test_rows": 512}
         own = [(task, 128, few) for task in how.tasks]
         return [(listops, 128, few), (pathfinder, 144, few), (sources, 128, few), *own]
     more = {"steps": 100 if how.device == "cpu" else 400, "rows": 32, "test_rows": 1000}
