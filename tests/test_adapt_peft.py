@@ -1,6 +1,7 @@
 """PEFT's own adapters give the same outputs here, and ours the same there, over tiny random models of four families."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from published import oracle, output, saved
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headway import adapt as adapting
 from headway import load
-from headway.adapt import attach, save
+from headway.adapt import adapt, attach, save
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
@@ -133,3 +135,120 @@ def test_an_adapter_of_peft_gives_the_same_here_and_goes_back(name: str, case: C
     with adapting.bare(ours):
         if not ours.net.adaptation.records["default"].heads:  # new heads stay
             assert torch.equal(by_headway(ours, case, padded=False), plain)
+
+
+OURS: list[tuple[str, Case, dict[str, Any]]] = [
+    *[("lora", case, {"rank": 3}) for case in (BERT, GPT2, LLAMA, T5)],
+    ("lora", GPT2, {"rank": 2, "rslora": True, "targets": "blocks.*.mixer.{q,k,v}"}),
+    ("lora", GPT2, {"rank": 2, "dora": True, "targets": "blocks.*.mixer.v"}),
+    ("lora", LLAMA, {"rank": 2, "dora": True, "targets": ["blocks.*.mixer.kv", "blocks.1.feedforward.*"]}),
+    ("lora", BERT, {"rank": 2, "bias": "all", "heads": ("classify",)}),
+    *[("ia3", case, {}) for case in (BERT, GPT2, LLAMA, T5)],
+    ("ia3", GPT2, {"targets": "blocks.*.mixer.{q,v,o}"}),
+    ("prefix", LLAMA, {"length": 4, "hidden": 6}),
+    ("prompt", T5, {"length": 4}),
+]
+
+
+@pytest.mark.parametrize(("method", "case", "options"), OURS, ids=str)
+def test_an_adapter_of_ours_gives_the_same_in_peft_and_comes_back(
+    method: str, case: Case, options: dict[str, Any], tmp_path: Path
+) -> None:
+    ours = adapt(load(saved(case), device="cpu"), method, **options)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in ours.net.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    save(ours, tmp_path, format="peft")
+    other = peft.PeftModel.from_pretrained(copy.deepcopy(oracle(case)), tmp_path).eval()
+    again = attach(load(saved(case), device="cpu"), tmp_path)
+    for padded in (False, True):
+        found, valid = by_headway(ours, case, padded=padded), inputs(case, padded=padded)[1] if case != T5 else None
+        assert same(found, by_peft(other, case, padded=padded), valid)
+        assert same(found, by_headway(again, case, padded=padded), valid)
+
+
+# --- what is refused
+
+
+def written(folder: Path, case: Case, config: Any) -> dict[str, Tensor]:
+    theirs(case, config).save_pretrained(folder)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def refused(folder: Path, case: Case, pattern: str) -> None:
+    model = load(saved(case), device="cpu")
+    before = list(model.net.state_dict())
+    with pytest.raises(ValueError, match=pattern) as error:
+        attach(model, folder)
+    assert "\n" not in str(error.value) and list(model.net.state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "pattern"),
+    [
+        ("h.2.attn.c_attn.lora_A", "h.7.attn.c_attn.lora_A", r"h\.7\.attn\.c_attn\.lora_A.* for a module that this mo"),
+        (
+            "h.2.attn.c_attn.lora_A",
+            "h.2.attn.c_proj.lora_A",
+            r"c_attn lacks lora_A\.weight|c_proj lacks lora_B\.weight",
+        ),
+        ("h.2.attn.c_attn.lora_A.weight", "wte.weight", r"transformer\.wte\.weight.* fits nothing here"),
+    ],
+)
+def test_keys_that_do_not_fit_are_named(old: str, new: str, pattern: str, tmp_path: Path) -> None:
+    tensors = written(tmp_path, GPT2, lora(GPT2))
+    moved = {key.replace(old, new): tensor for key, tensor in tensors.items()}
+    assert moved.keys() != tensors.keys()
+    save_file(moved, tmp_path / "adapter_model.safetensors")
+    refused(tmp_path, GPT2, pattern)
+
+
+@pytest.mark.parametrize(
+    ("changed", "pattern"),
+    [
+        ({"lora_bias": True}, "'lora_bias' .* is a field that Headway does not know"),
+        ({"init_lora_weights": "pissa"}, "'init_lora_weights' is 'pissa', which changes the result"),
+        ({"peft_type": "VERA"}, "peft_type is 'VERA'; Headway reads LORA, IA3"),
+        ({"r": 5}, r"c_attn has rank 4, and the configuration says 5"),
+        ({"alpha_pattern": {".*attn": 4}}, "is no name of a module"),
+        ({"use_dora": True}, "c_attn lacks lora_magnitude_vector"),
+    ],
+)
+def test_a_configuration_that_cannot_be_honoured_is_refused(
+    changed: dict[str, Any], pattern: str, tmp_path: Path
+) -> None:
+    written(tmp_path, GPT2, lora(GPT2))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    refused(tmp_path, GPT2, pattern)
+
+
+def test_an_adapter_of_another_model_or_a_pickle_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "wide", ("gpt2", 5), lora(GPT2, target_modules=["c_fc"]))  # its feed-forward is 48 wide
+    refused(tmp_path / "wide", GPT2, r"3 adapters do not fit this model's linears; first: transformer\.h\.0\.mlp\.c_fc")
+    written(tmp_path / "long", GPT2, prefix(GPT2))
+    refused(tmp_path / "long", LLAMA, r"prompt_embeddings is \(5, 192\), and 5 tokens of this model are \(5, 96\)")
+    written(tmp_path / "old", GPT2, lora(GPT2))
+    (tmp_path / "old" / "adapter_model.safetensors").rename(tmp_path / "old" / "adapter_model.bin")
+    refused(tmp_path / "old", GPT2, "pickle")
+
+
+@pytest.mark.parametrize(
+    ("case", "method", "options", "pattern"),
+    [
+        (GPT2, "bottleneck", {}, "PEFT's format has lora, ia3, prefix, prompt, not bottleneck"),
+        (T5, "prefix", {}, "is of the decoder's attention to itself"),
+        (T5, "prefix", {"targets": "decoder", "at": "self"}, "with 2 layers PEFT reads every second one's prefix"),
+        (BERT, "prompt", {}, "its heads pool the first token of the prompt"),
+    ],
+    ids=str,
+)
+def test_what_the_format_lacks_is_refused(
+    case: Case, method: str, options: dict[str, Any], pattern: str, tmp_path: Path
+) -> None:
+    model = adapt(load(saved(case), device="cpu"), method, **options)
+    with pytest.raises(ValueError, match=pattern):
+        save(model, tmp_path / "new", format="peft")
+    assert not (tmp_path / "new").exists()

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from headway.adapt import _peft_lora as lora
 from headway.adapt._base import Record, adapted, known_of, network_of
-from headway.adapt._peft_names import Names, Piece, Run, is_linear
+from headway.adapt._peft_names import TASKS, Names, Piece, Run, is_linear
 from headway.adapt._targets import WHOLE, Place, find, places
 from headway.families import Config
 from headway.header import refuse_pickle, shown
-from headway.loaded import Loaded
 from headway.store import read_json, replacing, unshared
 from headway.weights import open_weights
 
@@ -39,8 +38,8 @@ num_layers token_dim num_virtual_tokens r lora_alpha rank_pattern alpha_pattern 
 bias""".split()  # noqa: SIM905
 
 
-def attach(model: Loaded, folder: Path, name: str) -> Loaded:
-    """Gives a model the adapter in a folder that PEFT wrote; it then acts."""
+def attach(model: Any, folder: Path, name: str) -> Any:
+    """Gives a loaded model the adapter in a folder that PEFT wrote; it then acts."""
     from headway.adapt import adapt
 
     if not (folder / FILE).is_file() and (old := folder / "adapter_model.bin").is_file():
@@ -115,7 +114,7 @@ def _beside(
         ours, module = names.ours(name), name.removesuffix(".bias")
         pieces = names.known(module, names.biases) if name.endswith(".bias") else []
         if ours is not None and own[ours].shape == tensor.shape:
-            if torch.equal(own[ours].cpu(), tensor.to(own[ours].dtype)) and not ours.startswith("heads."):
+            if torch.equal(own[ours].cpu(), tensor.to(own[ours].dtype)):
                 continue
             if ours.startswith("heads.") and not _tied(names, ours):
                 heads[ours] = tensor
@@ -279,8 +278,8 @@ def _parts(module: Any, name: str) -> list[tuple[str, Any]]:
 # --- writing
 
 
-def save(model: Loaded, folder: Path, name: str, base: str = "") -> None:
-    """Writes one adapter as a folder that PEFT loads, atomically."""
+def save(model: Any, folder: Path, name: str, base: str = "") -> None:
+    """Writes one adapter of a loaded model as a folder that PEFT loads, atomically."""
     net = network_of(model)
     record = known_of(model).records[name]
     if record.method not in METHODS.values():
@@ -292,13 +291,7 @@ def save(model: Loaded, folder: Path, name: str, base: str = "") -> None:
     write = _tokens_to if record.method in TOKENS else _linears_to
     tensors, config = write(name, record, names)
     root = "base_model." if record.method in TOKENS else "base_model.model."
-    saved = {}
-    for head in record.heads:
-        for key, tensor in names.modules[f"heads.{head}"].state_dict().items():
-            if _tied(names, f"heads.{head}.{key}"):
-                raise ValueError(f"save: heads.{head}.{key} is the embedding, too, which PEFT would not load back: "
-                                 "format='headway'")  # fmt: skip
-            saved[names.theirs(f"heads.{head}.{key}")] = tensor
+    saved = _heads_to(record, names)
     tensors |= {root + theirs: tensor for theirs, tensor in saved.items()}
     modules = sorted({theirs.rpartition(".")[0] for theirs in saved})
     config |= {"task_type": names.task, "inference_mode": True, "base_model_name_or_path": base or None,
@@ -307,6 +300,21 @@ def save(model: Loaded, folder: Path, name: str, base: str = "") -> None:
         whole = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
         save_file(unshared(whole), fresh / FILE, {"format": "pt"})
         (fresh / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def _heads_to(record: Record, names: Names) -> dict[str, Tensor]:
+    """The tensors of the heads that train, by their names; and of the one that PEFT asks for with every such model."""
+    asked = next((f"heads.{head}.out." for head, task in TASKS.items() if head != "lm" and task == names.task), None)
+    wanted = tuple(f"heads.{head}." for head in record.heads) + ((asked,) if asked else ())
+    saved = {}
+    for ours, tensor in names.net.state_dict().items():
+        if ours.startswith(wanted) and wanted:
+            if _tied(names, ours):
+                raise ValueError(
+                    f"save: {ours} is the embedding, too, which PEFT would not load back: format='headway'"
+                )
+            saved[names.theirs(ours)] = tensor
+    return saved
 
 
 def _linears_to(name: str, record: Record, names: Names) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -27,7 +27,7 @@ class Method(Adapter):
         self.inputs, self.outputs = getattr(module, "is_residual_output", False), outputs
         whole = module.in_features if self.inputs else module.out_features
         size = whole if outputs is None else outputs.stop - outputs.start
-        self.before, self.behind = (0, 0) if outputs is None else (outputs.start, whole - outputs.stop)
+        self.margin: tuple[int, int] = (0, 0) if outputs is None else (outputs.start, whole - outputs.stop)
         self.scale = nn.Parameter(torch.ones(size, device=module.weight.device))
 
     @classmethod
@@ -63,4 +63,4 @@ class Method(Adapter):
     def _whole(self, amount: float) -> Float[Tensor, " N"]:
         """The vector for all of the linear's numbers; between one and l where it acts in part."""
         scale = self.scale if amount == 1 else 1 + amount * (self.scale - 1)
-        return scale if self.outputs is None else F.pad(scale, (self.before, self.behind), value=1.0)
+        return scale if self.outputs is None else F.pad(scale, self.margin, value=1.0)

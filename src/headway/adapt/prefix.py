@@ -127,7 +127,8 @@ class Method(Adapter):
                     at = torch.arange(self.length, device=pos.device).expand(rows, -1)
                     kept.append(*(t.expand(rows, -1, -1, -1) for t in (k, v)), at, padded=False)  # type: ignore[union-attr]
             if crosses and "cross" in self.parts:
-                cross = Prefixed(*next(over), cross)
+                k, v = next(over)
+                cross = Prefixed(k, v, cross)
             states.append((kept, cross))
         return states
 

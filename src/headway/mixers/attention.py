@@ -134,8 +134,10 @@ class Attention(Mixer):
         if prefix is not None:  # of a stream, its state holds what stands before
             k_pos, (k, v) = prefix.positions(pos), prefix.before(k, v)
             bias = self.positions.bias(self.heads, pos, k_pos)
-            places = {} if mask.facts <= {"bidirectional", "padding"} else {"q_pos": pos, "k_pos": k_pos}
-            return attend(q, k, v, mask, **places, bias=bias, softcap=self.softcap, scale=self.scale)  # type: ignore[arg-type]
+            how: dict[str, Any] = {"bias": bias, "softcap": self.softcap, "scale": self.scale}
+            if mask.facts <= {"bidirectional", "padding"}:  # no positions are compared
+                return attend(q, k, v, mask, **how)
+            return attend(q, k, v, mask, q_pos=pos, k_pos=k_pos, **how)
         if state is None:
             bias = self.positions.bias(self.heads, pos, pos)
             if mask.facts <= {"causal", "bidirectional", "window"}:  # indices say the same: the kernel stays free
