@@ -2,8 +2,8 @@
 
 minilm: MiniLM over windows of 128, texts of 4,096 tokens. sinks, still, window, full: SmolLM2 reads a stream of 20,000
 tokens with a window and sinks, with sinks that stay where they stand, with a window alone, and whole as far as it was
-trained (arXiv 2309.17453). heal: SmolLM2 and MiniLM before and after a short distillation. Each part's figures go to
-`results/swap.json`, beside the others'.
+trained (arXiv 2309.17453). heal: MiniLM over windows of 16 before and after a short
+distillation. Each part's figures go to `results/swap.json`, beside the others'.
 """
 
 from __future__ import annotations
@@ -82,18 +82,16 @@ def part(name: str) -> dict[str, Any]:
             return streamed(smollm(), 8_000)
         case "minilm":
             wishes = Wishes(mixer="longformer:window=128", context=4096, lengths=(128, 256, 512, 1024, 2048, 4096),
-                            seconds=30)  # fmt: skip
+                            seconds=20)  # fmt: skip
             return report(minilm(), wishes)[1]
         case "heal":
-            small = Wishes(mixer="longformer:window=32", heal=200, length=512, lengths=(512,), seconds=5)
-            large = Wishes(mixer=f"attention:window=64,sinks={SINKS}", heal=60, length=512, lengths=(512,), seconds=5)
-            return {"minilm": report(minilm(), small)[1], "smollm2": report(smollm(), large)[1]}
+            wishes = Wishes(mixer="longformer:window=16", heal=60, length=256, lengths=(256,), seconds=5)
+            return report(minilm(), wishes)[1]
     raise SystemExit(f"no part {name}: {', '.join(PARTS)}")
 
 
 if __name__ == "__main__":
+    found = {name: part(name) for name in sys.argv[1:] or PARTS}
     file = RESULTS / "swap.json"
     known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    found = {name: part(name) for name in sys.argv[1:] or PARTS}
-    kept = {key: value for key, value in known.items() if key in PARTS}
-    save("swap", {**kept, **found})
+    save("swap", {**{key: value for key, value in known.items() if key in PARTS}, **found})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,10 +58,14 @@ def swap(
         mixer=mixer, layers=layers, context=context, data=data, field=field, heal=heal, lr=lr, length=length,
         lengths=tuple(lengths_of(lengths)) if lengths else (), seconds=seconds,
     )  # fmt: skip
-    with _live() as watch:
-        watch("reading the model", 0, 1)
-        done, record = report(load(model, dtype=dtype), wishes, watch)
-        record["command"] = record["command"].replace("MODEL", model, 1)
+    try:
+        with _live() as watch:
+            watch("reading the model", 0, 1)
+            done, record = report(load(model, dtype=dtype), wishes, watch)
+    except KeyboardInterrupt:
+        typer.echo("Stopped, and nothing was written.", err=True)
+        raise typer.Exit(130) from None
+    record["command"] = record["command"].replace("MODEL", shlex.quote(model), 1)
     _tell(record)
     if json_file is not None:
         write_text(json_file, json.dumps(record, indent=1) + "\n")
@@ -89,7 +94,8 @@ def _live() -> Iterator[Watch]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("")
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
 

@@ -26,6 +26,7 @@ GROUPS = (EXACT, APPROXIMATE, RECURRENT, CONVOLUTION, CONTROL, OTHER, KERNELS)
 # What is measured unasked: the group of each mixer, and its settings by title. One that is not here has its defaults.
 SETTINGS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "attention": (EXACT, {"attention": {}, "attention window 512": {"window": [512, 0]}}),
+    "streaming": (EXACT, {"streaming window 512": {"window": 512}}),
     "longformer": (EXACT, {"longformer ±256": {"window": 256, "causal": False}}),
     "linformer": (APPROXIMATE, {"linformer rank 256": {"rank": 256}}),
     "performer": (APPROXIMATE, {"performer": {}}),

@@ -137,7 +137,7 @@ def read(model: Loaded, batch: Batch) -> Seen:
     for stack, each in blocks.items():
         layers[stack], outputs = outputs[: len(each)], outputs[len(each) :]
     if model.kind == "seq2seq":
-        return Seen(layers, x.flatten(0, 1), net.head_of)
+        return Seen(layers, x.flatten(0, 1), lambda part: net.head_of(part[None])[0])
     if name is None:
         return Seen(layers, x[:0], None)
     if batch.asked is not None:  # one token at a time: all heads with labels here read each by itself

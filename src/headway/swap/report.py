@@ -19,7 +19,7 @@ from headway.swap import Swapped, swap
 from headway.swap.drift import Watch
 from headway.swap.reading import texts_of
 
-MEASURED = 16_384  # tokens of held-out text that drift is measured on at most, or one row
+MEASURED = 8_192  # tokens of held-out text that drift is measured on at most, or one row
 HELD_OUT = 0.2  # of the text: it is measured on, and never healed on
 
 
