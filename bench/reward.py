@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from common import save
 
 import headway
@@ -25,8 +26,6 @@ RUN = Path("runs/pronounce")
 
 def sides(seconds: float) -> dict[str, dict[str, Any]]:
     """Recipes that go on from the start: what differs is the objective, and the rates that suit it."""
-    import msgspec
-
     speak: dict[str, Any] = msgspec.to_builtins(recipes.read("speak", [f"budget.seconds={seconds}"]))
     longer: dict[str, Any] = msgspec.to_builtins(recipes.read("pronounce", [f"budget.seconds={seconds}"]))
     given = {"model": {"load": str(RUN)}, "evaluations": speak["evaluations"], "test_limit": 256}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from objective import gradients, made
+from safetensors.torch import load_file
 from tiny import prepared_task, write_pairs
 
 import headway
 from headway import objectives
 from headway.generate.write import Options
 from headway.objectives import _rewards, grpo, ppo
-from headway.objectives._rollouts import Experience, Prompts
+from headway.objectives._rollouts import Experience, Policy, Prompts
 from headway.quantize import is_prepared
 from headway.recipe import Recipe, read
 from headway.train.data import Prepared
@@ -333,8 +335,44 @@ def test_the_model_is_kept_near_its_start(folder: Path) -> None:
         else:
             assert one.reference is None
         model = trained(recipe, prepared, 16)
-        far[beta] = prepared.objective.distance(model, [row[0] for row in prepared.splits.train[:40]])
+        far[beta] = prepared.objective.distance(model, [row[0] for row in prepared.splits.train[:20]])
     assert 0 < far[3.0] < far[0.0] / 3
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_an_adapted_model_is_its_own_reference(folder: Path, tmp_path: Path, name: str) -> None:
+    adapter = {"method": "lora", "rank": 2, "targets": "*.mixer.query"}
+    given = recipe_of(folder, "seq2seq", name, f"{HERE}.long", adapt=adapter, objective={"epochs": 2}, batch_tokens=512)
+    prepared, _ = made(given)
+    assert given.model is not None
+    trainer = Trainer(given, given.model, given.optimizer, prepared, tmp_path)
+    with trainer._stream() as trainer.stream:
+        for _ in range(3):
+            trainer._step()
+    one = prepared.objective.experience(trainer.model, prompts_of(prepared))
+    start = Policy(headway.load(folder / "seq2seq").net, prepared.tools.start, 1.0)  # type: ignore[arg-type]
+    with torch.no_grad():
+        near = start.log_p(start.states(one.prompts, one.prompts_valid, one.ids), one.ids, one.valid)
+    assert torch.equal(one.reference, near) and not torch.equal(one.log_p, near)
+    trainer.save()
+    last = max((tmp_path / "checkpoints").glob("step-*"))
+    held = set(load_file(last / "model.safetensors"))
+    assert all("adapters" in key or key.startswith("value.") for key in held)
+    assert any(key.startswith("value.") for key in held) == (name == "ppo")
+
+
+def test_dropout_stays_on_only_where_it_is_asked_for(folder: Path) -> None:
+    said = {}
+    for on in (False, True):
+        prepared, net = made(recipe_of(folder, "seq2seq", "grpo", f"{HERE}.long", objective={"dropout": on}))
+        net.train()
+        batch, found = prompts_of(prepared), []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            prepared.objective.backward(net, [batch], float(batch.targets), lambda part: nullcontext())
+            found.append(prepared.objective.held[0].ids.tolist())
+        said[on] = found
+    assert said[False][0] == said[False][1] and said[True][0] != said[True][1]
 
 
 # learning
@@ -392,7 +430,7 @@ def test_what_is_trained_is_a_model_like_any_other(folder: Path, tmp_path: Path)
     assert model.generate(["abc"])[0].text is not None
 
 
-@pytest.mark.parametrize("name", ["grpo", "ppo"])
+@pytest.mark.parametrize("name", ["grpo", pytest.param("ppo", marks=pytest.mark.long)])
 def test_a_run_goes_on_amid_the_epochs_of_its_answers(folder: Path, tmp_path: Path, name: str) -> None:
     recipe = recipe_of(folder, "seq2seq", name, objective={"epochs": 3}, checkpoint_seconds=0)
     weights = []
@@ -457,6 +495,10 @@ def test_built_in_rewards_are_what_they_say() -> None:
         ({"name": "grpo", "answers": 1}, "2 or more, not 1"),
         ({"name": "ppo", "epochs": 0}, "answers, epochs and tokens are 1 or more"),
         ({"name": "ppo", "lam": 1.5}, "1.5"),
+        (
+            {"name": "grpo", "dropout": True, "epochs": 2},
+            "moves a policy between the epochs of its answers (2): take one",
+        ),
         ({"name": "grpo", "temperature": 0.0}, "temperature and clip are above 0"),
         ({"name": "grpo", "clip_range": 0.2}, "clip_range"),
     ],

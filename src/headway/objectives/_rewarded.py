@@ -48,6 +48,7 @@ class Rewarded(Base):
 
     KINDS = ("decoder", "seq2seq")
     METRIC = ("reward", False)
+    dropout = False
     VALUED = False  # whether a step needs to know beforehand how likely its answers are, and their values
 
     def __init__(
@@ -201,7 +202,7 @@ class Rewarded(Base):
         self, model: nn.Module, batches: Sequence[Any], targets: float, scope: Callable[[int], Any]
     ) -> tuple[float, int]:
         """All answers first, as what they are worth may depend on each other; then each micro-batch's gradient."""
-        with still(model):
+        with nullcontext() if self.dropout else still(model):
             if not self.left:
                 drawn = []
                 for i, batch in enumerate(batches):

@@ -73,11 +73,13 @@ class Experience:
 class Policy:
     """A network as one that writes: a decoder behind its prompts, or an encoder-decoder behind its sources.
 
-    Its weights are taken as they lie, never packed, and it is a policy without dropout: use it within `still`.
+    Its weights are taken as they lie, never packed. With dropout it is another one every time: use it within `still`.
     """
 
     def __init__(self, net: nn.Module, start: Loaded, temperature: float) -> None:
+        training = net.training
         self.player = Loaded(net, start.spec, start.source, start.target, facts=facts_of(start))
+        net.train(training)  # what is loaded is there to be used, not trained
         self.net: Any = net
         self.temperature = temperature
         never = torch.tensor(self.player.facts.bad, dtype=torch.long)

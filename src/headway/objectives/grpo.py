@@ -18,7 +18,8 @@ from headway.objectives._rollouts import Experience
 
 class Objective(Rewarded):
     """`std`: whether advantages are divided by their group's standard deviation; `lengths`: whether an answer's loss is
-    by its own length, or else by the longest allowed. Dr. GRPO (2503.20783) does neither. Others: `Rewarded`."""
+    by its own length, or else by the longest allowed. Dr. GRPO (2503.20783) does neither. `dropout`: whether it stays
+    on while answers are drawn and weighed, where a model knows the answers to its prompts. Others: `Rewarded`."""
 
     def __init__(
         self,
@@ -32,12 +33,15 @@ class Objective(Rewarded):
         epochs: int = 1,
         std: bool = True,
         lengths: bool = True,
+        dropout: bool = False,
         chat: bool = False,
     ) -> None:
         if answers < 2:
             raise ValueError(f"objective.answers: a group that compares has 2 or more, not {answers}")
         super().__init__(reward, pattern, answers, tokens, temperature, beta, clip, epochs, chat)
-        self.std, self.lengths = std, lengths
+        if dropout and epochs > 1:
+            raise ValueError(f"objective.dropout moves a policy between the epochs of its answers ({epochs}): take one")
+        self.std, self.lengths, self.dropout = std, lengths, dropout
 
     def weigh(self, held: Sequence[Experience]) -> list[Experience]:
         """The same for each token of an answer."""

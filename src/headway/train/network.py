@@ -88,7 +88,10 @@ def _freeze(net: nn.Module, patterns: Sequence[str]) -> None:
 
 def learned(model: nn.Module) -> dict[str, Tensor]:
     """What of a model's state a checkpoint holds: all of it, or what adapters and new heads learn on a frozen base."""
-    return adapt.state(model) if adaptation_of(model) is not None else model.state_dict()
+    if adaptation_of(model) is None:
+        return model.state_dict()
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}  # a value head, too
+    return adapt.state(model) | {name: tensor for name, tensor in model.state_dict().items() if name in trains}
 
 
 def relearn(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
