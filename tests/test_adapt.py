@@ -185,3 +185,18 @@ def test_an_adapted_model_embeds_and_generates_as_it_computes() -> None:
     model.unpack()
     trains = {name for name, parameter in model.net.named_parameters() if parameter.requires_grad}
     assert trains == set(adapt.state(model))  # packing and unpacking have not thawed the base
+
+
+@pytest.mark.parametrize("targets", ["blocks.0.mixer.query", "blocks.0.mixer.value", "blocks.0.feedforward.leave"])
+def test_gradients_at_once_are_those_of_the_parts(targets: str) -> None:
+    model = stirred(adapt(tiny(), "lora", rank=3, targets=targets))
+    (module,) = (one for one in model.net.modules() if type(one).__name__ == "AdaptedLinear")
+    (adapter,) = (one for name in module.adapters for one in module.adapters[name].values())
+    x, rows = torch.randn(4, 6, module.in_features, requires_grad=True), adapter.outputs or slice(None)
+    plain = nn.functional.linear(x, module.weight, module.bias)
+    change = adapter.scale * x @ adapter.down.T @ adapter.up.T
+    expected = torch.cat([plain[..., : rows.start or 0], plain[..., rows] + change], -1)
+    torch.testing.assert_close(module(x), expected)
+    given, wanted = torch.randn_like(expected), (x, adapter.down, adapter.up)
+    own = torch.autograd.grad(module(x), wanted, given)
+    torch.testing.assert_close(own, torch.autograd.grad(expected, wanted, given), rtol=1e-4, atol=1e-5)

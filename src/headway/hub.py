@@ -166,11 +166,7 @@ class Loaded(Bare):
         """Writes the model as a folder, atomically: Headway's own, or one that transformers loads; of an adapted one,
         its adapter alone."""
         if adaptation_of(self.net) is not None:
-            if format != "headway":
-                raise ValueError(
-                    "save: headway.adapt.fold(model) makes adapters part of a model that transformers loads"
-                )
-            return save(self, folder)
+            return save(self, folder, format=format)
         if format == "headway":
             return super().save(folder)
         if format != "transformers":
@@ -240,8 +236,7 @@ def _load(source: str | Path, how: How) -> Loaded:
 
 def _folder(folder: Path, how: How) -> Loaded:
     inner = folder / "model"
-    if (inner / "spec.json").is_file() or (inner / "adapter.json").is_file():
-        folder = inner
+    folder = inner if any((inner / name).is_file() for name in ("spec.json", "adapter.json")) else folder
     if (folder / "adapter.json").is_file():
         return _adapted(folder, how)
     if (folder / "spec.json").is_file():

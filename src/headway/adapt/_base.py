@@ -7,7 +7,7 @@ in use, y = around(y = module(x)). What acts is said once for a network, by the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -87,9 +87,9 @@ class Adapter(nn.Module):
                 rows = which.eq(i).nonzero()[:, 0]
                 y = y.index_add(0, rows, adapter.delta(x[rows], y[rows]))
             return y
-        calls = [partial(adapter.around, call, 1.0) for adapter in adapters]
+        calls: list[Callable[..., Tensor]] = [call, *(partial(adapter.around, call, 1.0) for adapter in adapters)]
         groups = [which.eq(i).nonzero()[:, 0] for i in range(-1, len(adapters))]
-        found = [one(x[rows], *args, **kwargs) for one, rows in zip([call, *calls], groups, strict=True)]
+        found = [one(x[rows], *args, **kwargs) for one, rows in zip(calls, groups, strict=True)]
         return torch.cat(found)[torch.cat(groups).argsort()]
 
 
@@ -165,9 +165,11 @@ class Adapted(nn.Module):
         return call(*args, **kwargs)
 
 
-@cache
+CLASSES: dict[type[nn.Module], type[nn.Module]] = {}  # by the class that they wrap
+
+
 def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Adapted{kind.__name__}", (Adapted, kind), {"own": kind})
+    return CLASSES.setdefault(kind, type(f"Adapted{kind.__name__}", (Adapted, kind), {"own": kind}))
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from torch import Tensor
@@ -44,7 +44,7 @@ def save(
     model: Any,
     folder: str | Path,
     *,
-    format: Literal["headway", "peft"] = "headway",
+    format: str = "headway",
     name: str | None = None,
     base: str = "",
 ) -> None:
@@ -61,7 +61,8 @@ def save(
 
         return _peft.save(model, Path(folder), name, base)
     if format != "headway":
-        raise ValueError(f"save: format is headway or peft, not {format!r}")
+        raise ValueError(f"save: an adapter's format is headway or peft, not {format!r}; headway.adapt.fold(model) "
+                         "makes an ordinary model of both")  # fmt: skip
     net, record = plain(model), known.records[name]
     known.base = known.base or base_hash(net)
     if record.heads and not hasattr(model, "spec"):
@@ -97,7 +98,8 @@ def attach(model: M, folder: str | Path, *, name: str | None = None, quantize: s
     if (path / "adapter_config.json").is_file():
         from headway.adapt import _peft
 
-        return _peft.attach(model, path, name)
+        loaded: Any = model
+        return _peft.attach(loaded, path, name)
     saved, tensors = read(path)
     check_base(model, saved.base.hash, path)
     lacking = sorted(set(saved.heads) - set(getattr(plain(model), "heads", {})))

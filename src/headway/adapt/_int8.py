@@ -32,7 +32,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         gradient = gradients[0]
-        return gradient @ weight_from(*ctx.saved_tensors, gradient.dtype), None, None, None, None
+        rounded, scales, mixing = ctx.saved_tensors
+        return gradient @ weight_from(rounded, scales, mixing, gradient.dtype), None, None, None, None
 
 
 def weight_from(

@@ -124,6 +124,6 @@ def _unround(net: nn.Module) -> None:
             if isinstance(child, _int8.RoundedLinear):
                 plain: nn.Module = linear_of(weight, child.bias)
             else:
-                plain = nn.Embedding(*weight.shape, _weight=weight)
+                plain = nn.Embedding(weight.shape[0], weight.shape[1], _weight=weight)
             _int8.move_adapters(child, plain)
             module._modules[name] = plain.train(child.training)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from headway.adapt import _int8, _targets, bitfit
 from headway.adapt._base import Adapter, own_class
+from headway.adapt._low_rank import LowRank
 from headway.layers import Dropout
 
 SPARE = 8  # products a token of other rows' adapters that cost less than gathering an adapter for each row
@@ -55,7 +56,7 @@ class Method(Adapter):
         self.up = nn.Parameter(torch.zeros(own, rank, device=weight.device))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as the paper's authors have it
         self.length: nn.Parameter | None = None
-        self.linear = (module,)  # in a tuple, it is nobody's child
+        self.linear: tuple[Any] = (module,)  # in a tuple, it is nobody's child
         if dora:
             self.length = nn.Parameter(weight.detach().float()[self._rows].norm(dim=1))
 
@@ -79,6 +80,11 @@ class Method(Adapter):
         return own_class(module) in (nn.Linear, _int8.RoundedLinear)
 
     def around(self, call: Callable[..., Tensor], amount: float, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
+        if self._at_once(call, x):
+            linear = self.linear[0]
+            low = self.down, self.up, amount * self.scale, self._rows
+            found = LowRank.apply(x.flatten(0, -2), linear.weight, linear.bias, *low)
+            return found.view(*x.shape[:-1], found.shape[-1])
         y = call(x)
         h = F.linear(x if self.dropout is None else self.dropout(x), self.down.to(x.dtype))
         if self.length is None:
@@ -91,6 +97,16 @@ class Method(Adapter):
         return torch.cat(
             [y[..., : rows.start or 0], changed, y[..., y.shape[-1] if rows.stop is None else rows.stop :]], -1
         )
+
+    def _at_once(self, call: Callable[..., Tensor], x: Tensor) -> bool:
+        """Whether `call` is a plain linear's own product, trained upon in one precision."""
+        linear: Any = getattr(call, "__self__", None)
+        if linear is None or linear is not self.linear[0] or own_class(linear) is not nn.Linear:
+            return False
+        dropped = self.dropout is not None and self.training
+        plain = x.dtype == linear.weight.dtype == self.down.dtype and not torch.is_autocast_enabled(x.device.type)
+        frozen = not linear.weight.requires_grad and not (linear.bias is not None and linear.bias.requires_grad)
+        return torch.is_grad_enabled() and plain and frozen and not dropped and self.length is None
 
     @torch.no_grad()
     def _lengths(self) -> Float[Tensor, " N"]:

@@ -121,8 +121,8 @@ def layer_shares(model: nn.Module, decay: float) -> dict[nn.Parameter, float]:
     stack, and once more for what lies below all blocks. What lies behind them (last norms, heads) has all of it."""
     depth: dict[str, int] = {}
     places = {name: re.match(r"(.*\.|)blocks\.(\d+)\.", name) for name, _ in model.named_parameters()}
-    for found in filter(None, places.values()):
-        depth[found[1]] = max(depth.get(found[1], 0), int(found[2]) + 1)
+    for inside in filter(None, places.values()):
+        depth[inside[1]] = max(depth.get(inside[1], 0), int(inside[2]) + 1)
     behind = ("heads.", *(f"{stack}norm." for stack in depth))
     shares = {}
     for name, parameter in model.named_parameters():
