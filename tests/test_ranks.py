@@ -147,7 +147,8 @@ def test_matrices_that_ranks_cut_unevenly_are_dealt_out_whole_and_come_back(tmp_
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
 def test_ranks_train_in_pure_bf16_nearly_as_one_process_does(tmp_path: Path, parallel: str) -> None:
     """And keep fp32 weights: steps too small for bf16 are not lost."""
     recipe = {**recipes(tmp_path)["decoder"], "precision": "pure-bf16"}
