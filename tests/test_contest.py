@@ -135,6 +135,27 @@ def test_as_good_as_attention_allows_for_the_error() -> None:
     assert long_range.near(entries) == ["close"]
 
 
+def test_a_task_of_ones_own_joins_the_long_range() -> None:
+    own = ({"name": "counting"},)
+    for how in (How(tasks=own), How(tasks=own, quick=False), How(tasks=own, quick=False, device="cuda")):
+        named = [(task["name"], length) for task, length, _ in long_range.settings_of(how)]
+        assert "counting" in dict(named) and len({n for name, n in named if name == "listops"}) == (
+            1 if how.quick else 2
+        )
+
+
+@pytest.mark.long
+def test_attention_recalls_at_width_64_where_the_gated_convolution_falls_short() -> None:
+    found = claims.find("recall").measure(How())
+    assert found.verdict == claims.HOLDS, found.because
+
+
+@pytest.mark.long
+def test_a_recurrence_takes_induction_to_longer_rows_and_attention_does_not() -> None:
+    found = claims.find("induction").measure(How())
+    assert found.verdict == claims.HOLDS, found.because
+
+
 def test_a_known_exponent_is_found() -> None:
     assert scaling_claim.exponent({n: 3.0 * n**-0.2 for n in (100, 1000, 10_000)}) == pytest.approx(0.2)
 
@@ -197,4 +218,4 @@ def test_shuffling_moves_every_picture_s_pixels_alike() -> None:
 
 def test_digits_are_learned_in_a_few_steps() -> None:
     data = fewer_pictures.pictures(False, 0)
-    assert fewer_pictures.learn(fewer_pictures.MODELS["ConvNet"], data, 400, 25, 0, "cpu") > 40
+    assert fewer_pictures.learn(fewer_pictures.MODELS["ConvNet"], data, 400, 20, 0, "cpu") > 30

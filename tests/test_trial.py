@@ -45,7 +45,7 @@ def test_what_was_learned_is_tested_at_other_lengths_too() -> None:
 
 def test_few_examples_are_learned_by_heart() -> None:
     """Held-out accuracy falls far behind; else `examples` would not bound what is seen."""
-    many, few = trial.run(short(steps=150, width=32)), trial.run(short(steps=150, width=32, examples=16))
+    many, few = trial.run(short(steps=100, width=32)), trial.run(short(steps=100, width=32, examples=16))
     assert few.accuracy[24] < many.accuracy[24] - 0.2
 
 
