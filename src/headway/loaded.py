@@ -209,7 +209,7 @@ class Loaded:
             return self.net(self._pixels(inputs, valid, mask))
         given = self._given(inputs, valid)
         if isinstance(self.net, seq2seq.Model):
-            return self.net.encode(given.ids, given.valid, mask).x
+            return self.net.encode(given.ids, given.valid, mask).x[:, -given.ids.shape[1] :]  # a prompt's have no text
         more = {} if given.types is None else {"types": given.types}  # which decoders do not have
         return self.net(given.ids, given.valid, mask=mask, **more)
 

@@ -40,7 +40,7 @@ bias""".split()  # noqa: SIM905
 
 def attach(model: Any, folder: Path, name: str) -> Any:
     """Gives a loaded model the adapter in a folder that PEFT wrote; it then acts."""
-    from headway.adapt import adapt
+    from headway.adapt import adapt, remove
 
     if not (folder / FILE).is_file() and (old := folder / "adapter_model.bin").is_file():
         refuse_pickle(old)
@@ -56,11 +56,15 @@ def attach(model: Any, folder: Path, name: str) -> Any:
     given = tuple(sorted({ours.split(".")[1] for ours in heads}))
     adapt(model, method, targets=made.targets, name=name, heads=given, **made.options)
     with torch.no_grad():
+        made.fill(name)
+        try:
+            _fill_biases(names, name, biases)
+        except ValueError:
+            remove(model, name)
+            raise
         own = names.net.state_dict()
         for ours, tensor in heads.items():
             own[ours].copy_(tensor)
-        made.fill(name)
-        _fill_biases(names, name, biases)
     return model
 
 
@@ -85,9 +89,8 @@ def _sorted_out(
     held: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix("base_model.").removeprefix("model.") if key.startswith("base_model.") else key
-        if key.startswith("base_model.model."):
-            name = key.removeprefix("base_model.model.")
+        linears = key.startswith("base_model.model.")  # what stands before all tokens is saved without "model."
+        name = key.removeprefix("base_model.model." if linears else "base_model.")
         found = re.fullmatch(r"(.*?)\.?(lora_A\.weight|lora_B\.weight|lora_magnitude_vector|ia3_l|prompt_embeddings)"
                              r"(\.weight)?", name)  # fmt: skip
         if found is None:

@@ -39,7 +39,7 @@ def pairs_of(held: Mapping[str, Mapping[str, Tensor]], dora: bool, where: str) -
             odd = sorted(parts.keys() ^ wanted)[0]
             what = next(ending for ending, part in ENDINGS.items() if part == odd)
             raise ValueError(f"{where}: {name} {'lacks' if odd in wanted else 'has a needless'} {what}")
-    return {name: Pair(**parts) for name, parts in held.items()}
+    return {name: Pair(**{part: tensor.float() for part, tensor in parts.items()}) for name, parts in held.items()}
 
 
 def in_common(
