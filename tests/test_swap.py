@@ -293,3 +293,16 @@ def test_a_dual_model_is_refused() -> None:
     model = headway.load(saved(("clip", 0)))
     with pytest.raises(ValueError, match="a dual has no stack"):
         changed(model, {"name": "conv"})
+
+
+def test_adapters_go_into_the_weights_before() -> None:
+    from headway.adapt import adapt, fold
+
+    model = original("gpt2")
+    adapt(model, "lora", rank=2)
+    with pytest.raises(ValueError, match="fold"):
+        headway.swap(model, "conv")
+    fold(model)
+    torch.testing.assert_close(
+        states(headway.swap(model, "attention:window=40").model, ids(20)), states(model, ids(20))
+    )

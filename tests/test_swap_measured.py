@@ -140,7 +140,7 @@ def test_there_is_nothing_to_heal_where_the_two_are_equal() -> None:
 
 
 def test_both_models_are_measured_at_each_length() -> None:
-    found = swapped("gpt2", 1, "attention:window=4").pays([8, 16, 32], seconds=0.5)
+    found = swapped("gpt2", 1, "attention:window=4").pays([8, 16, 32], seconds=0.1)
     for name in ("original", "swapped"):
         points = found[name]["points"]
         assert [point["length"] for point in points] == [8, 16, 32]

@@ -84,6 +84,8 @@ def swap(
     """
     loaded = model if isinstance(model, Loaded) else hub.load(model)
     loaded.unpack()
+    if getattr(getattr(loaded.net, "adaptation", None), "records", None):
+        raise ValueError("swap: this model has adapters: headway.adapt.fold(model) puts them into its weights before")
     named = mixer_of(mixer) if isinstance(mixer, str) else dict(mixer)
     change = changed(loaded, named, layers, context)
     net, weights, touched = carried(loaded.net, change.spec, change.places, seed)

@@ -6,7 +6,7 @@ their end, and global tokens begin with the ordinary projections (Longformer, 20
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from headway.transfer import Rule, fill
 # Which of the attention's maps a mixer's own are, by their name; `enter` is that of linear attention alone
 ROLES = {"query": "q", "key": "k", "value": "v", "key_value": "kv", "query_key": "qk", "enter": "qkv", "out": "o",
          "global_query": "q", "global_key": "k", "global_value": "v"}  # fmt: skip
+MAPS = ("query", "key_value", "out", "query_norm", "key_norm")  # all that attention has
 ASKS = ("query", "query_key")  # a mixer without queries has a way out of something else
 
 
@@ -52,12 +53,14 @@ def carried(
             path = f"{place.stack}.blocks.{place.layer}.mixer.inner"
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{path}.")}
             fresh = net.get_submodule(path)
+            _refuse_alien(name for name in original.get_submodule(path).state_dict() if name.split(".")[0] not in MAPS)
             found = maps_into(fresh, original.get_submodule(path), told)
             tensors |= {f"{path}.{name}": tensor for name, tensor in found.items()}
             own = list(fresh.state_dict())
             touched += [f"{path}.{name}" for name in own]
             new += [f"{path}.{name}" for name in own if name not in found]
             told["new"] |= {name for name in own if name not in found}
+        _refuse_alien(name for name in tensors if name not in net.state_dict())
         rules = [Rule((name,), (name,)) for name in tensors]
         like = next(p for p in original.parameters() if p.is_floating_point())
         fill(net, tensors, rules, dtype=like.dtype, allow_fresh=new, where="swap", device=like.device)
@@ -94,6 +97,11 @@ def maps_into(mixer: Mixer, old: Attention, told: Mapping[str, set[str]]) -> dic
             found[name] = tensor
             told["kept"].add(name)
     return found
+
+
+def _refuse_alien(names: Iterable[str]) -> None:
+    if (first := next(iter(names), None)) is not None:
+        raise ValueError(f"swap: {first} is no tensor of this model's spec: swap the model before it is changed")
 
 
 def _parts(old: Attention, mixer: Mixer) -> dict[str, tuple[Tensor, Tensor | None]]:
