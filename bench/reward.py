@@ -54,7 +54,7 @@ def apart(one: list[Scored], other: list[Scored]) -> dict[str, float]:
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__)
-    asked.add_argument("--seconds", type=float, default=210, help="of training, for each side")
+    asked.add_argument("--seconds", type=float, default=200, help="of training, for each side")
     asked.add_argument("--dry", action="store_true", help="writes no results")
     given = asked.parse_args()
     if not (RUN / "result.json").is_file():
