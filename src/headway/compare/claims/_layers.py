@@ -19,7 +19,7 @@ from headway.mask import Mask
 from headway.mixers import Mixer
 from headway.positions import build_positions, positions_of
 from headway.probe.influence import norms
-from headway.spec import BlockSpec, PositionSpec, StackSpec
+from headway.spec import BlockSpec, PositionSpec, StackSpec, convert
 
 Named = dict[str, Any]
 Call = Callable[[Tensor], Tensor]
@@ -35,9 +35,7 @@ def layer(named: Named, width: int, positions: str = "none", seed: int = 0) -> M
     """A mixer by itself, with its first weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        scheme = build_positions(
-            PositionSpec(name=positions), width, mixers.head_dim(named, width), mixers.heads(named)
-        )
+        scheme = build_positions(scheme_of(positions), width, mixers.head_dim(named, width), mixers.heads(named))
         return mixers.build(named, width, scheme.inside).eval()
 
 
@@ -45,13 +43,17 @@ def stack(blocks: Sequence[Named], width: int, positions: str = "none", seed: in
     """Mixers above one another, each with its norm and its sum, and nothing else."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        spec = StackSpec(blocks=tuple(BlockSpec(mixer=one) for one in blocks), positions=PositionSpec(name=positions))
+        spec = StackSpec(blocks=tuple(BlockSpec(mixer=one) for one in blocks), positions=scheme_of(positions))
         return Stack(spec, width).eval()
 
 
 def causal(named: Named, width: int = 16) -> bool:
     """Whether a mixer goes one way only: what can look both ways is let."""
     return "bidirectional" not in layer(named, width).can
+
+
+def scheme_of(name: str) -> PositionSpec:
+    return convert({"name": name}, PositionSpec, "positions")
 
 
 def caller(net: nn.Module, one_way: bool) -> Call:
@@ -92,7 +94,8 @@ def kept_bytes(call: Call, x: Tensor, own: nn.Module) -> int:
 def seconds(run: Callable[[], object], budget: float, least: int = 3) -> tuple[float, float, float]:
     """Median, least and greatest of as many runs as a budget of seconds allows, after one that does not count."""
     run()
-    taken, began = [], time.perf_counter()
+    taken: list[float] = []
+    began = time.perf_counter()
     while len(taken) < least or (time.perf_counter() - began < budget and len(taken) < 50):
         start = time.perf_counter()
         run()

@@ -122,7 +122,7 @@ def table(data: Record) -> dict[str, Any]:
     return {"title": data["title"], "columns": data["columns"], "rows": rows}
 
 
-def cell(value: Any, spread: Sequence[float] | None) -> tuple[str, str, bool]:
+def cell(value: Any, spread: Sequence[Any] | None) -> tuple[str, str, bool]:
     if isinstance(value, str):
         return value, "", False
     return shown(value), "" if spread is None else f"{shown(spread[0])} to {shown(spread[1])}", True
