@@ -16,6 +16,7 @@ from headway.compare.trial import Outcome, Trial
 
 MINE = ("recall", "efficient", "copying", "induction", "long_range", "blends", "scaling", "bias", "fewer_pictures",
         "encoder_decoder")  # fmt: skip
+LONG = lambda name: pytest.param(name, marks=pytest.mark.long)
 SMALL = Trial(task={"name": "mqar", "pairs": 2, "symbols": 4}, mixers=({"name": "identity"},), length=16, steps=2,
               rows=4, width=16, test_rows=8)  # fmt: skip
 
@@ -34,6 +35,25 @@ def test_a_claim_says_what_it_measures_and_what_decides(name: str) -> None:
     claim = claims.find(name)
     assert claim.SECTION in "ADFG" and claim.SAID.endswith(".") and claim.METHOD.endswith(".")
     assert "olds" in claim.RULE or "beats" in claim.RULE
+
+
+@pytest.mark.parametrize("name", ["recall", "copying", "induction", "blends", "scaling", "bias", LONG("efficient"),
+                                  LONG("long_range")])  # fmt: skip
+def test_a_claim_tells_all_it_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every training cut to two steps: nothing is learned, and all is told."""
+    held = contest._held
+    cut = lambda one: msgspec.structs.replace(one, steps=2, rows=4, test_rows=8, every=2)
+    monkeypatch.setattr(contest, "_held", lambda title, one, device, tell: held(title, cut(one), device, tell))
+    found = claims.find(name).measure(How(mixers=({"name": "average"},), tasks=({"name": "counting"},)))
+    assert found.verdict in (claims.HOLDS, claims.PARTLY, claims.FAILS, claims.OPEN) and found.because
+    assert found.tables and found.plots and found.settings["trials"]
+    for table in found.tables:
+        assert all(len(row) == len(table.columns) for row in table.rows), table.title
+        for key, (least, greatest) in table.spread.items():
+            row, column = map(int, key.split(","))
+            value = table.rows[row][column]
+            assert isinstance(value, float) and least <= value <= greatest
+    assert msgspec.json.decode(msgspec.json.encode(found), type=claims.Found) == found
 
 
 def test_what_a_mixer_refuses_is_a_row_that_says_why() -> None:
@@ -95,6 +115,11 @@ def test_numbers_can_be_had_again_from_the_settings_that_are_kept() -> None:
     kept = msgspec.json.decode(msgspec.json.encode(_trials.settings(How(), entries)))
     again = trial.run(msgspec.convert(kept["trials"]["a"], Trial, strict=False))
     assert entries["a"].outcome is not None and again.accuracy == entries["a"].outcome.accuracy
+
+
+def test_an_accuracy_stands_between_what_other_questions_would_give() -> None:
+    table = _trials.table("", {"few": reached(0.5, asked=100), "many": reached(0.5, asked=10_000)})
+    assert table.spread["0,1"] == pytest.approx((40.2, 59.8)) and table.spread["1,1"] == pytest.approx((49.0, 51.0))
 
 
 def test_the_frontier_is_whom_nobody_beats_in_both() -> None:

@@ -34,7 +34,8 @@ class How(Strict, frozen=True):
 
 class Table(Strict, frozen=True):
     """`rows` of texts and numbers under `columns`; None is a figure that is missing. A number's spread, (least,
-    greatest), stands in `spread` at "row,column", where it was measured more than once."""
+    greatest), stands in `spread` at "row,column": of what was measured more than once, or of a share of questions what
+    95 in 100 other sets of questions would give."""
 
     title: str
     columns: tuple[str, ...]

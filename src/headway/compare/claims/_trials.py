@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from headway.compare import contest, tasks
-from headway.compare.claims import How, Line, Plot, Table
+from headway.compare.claims import How, Line, Plot, Row, Table
 from headway.compare.contest import Entry
 from headway.compare.trial import Trial
 
@@ -24,8 +24,12 @@ def hold(how: How, wanted: Mapping[str, Trial], begin: float = 0.0, end: float =
 
 def settings(how: How, *contests: Named) -> dict[str, Any]:
     """What makes the same numbers again: every trial, whole."""
-    trials = {title: msgspec.to_builtins(e.trial, str_keys=True) for each in contests for title, e in each.items()}
-    return {"device": how.device, "trials": trials}
+    return of_trials(how, {title: entry.trial for each in contests for title, entry in each.items()})
+
+
+def of_trials(how: How, trials: Mapping[str, Trial]) -> dict[str, Any]:
+    """The same of trials, as JSON has them."""
+    return {"device": how.device, "trials": msgspec.json.decode(msgspec.json.encode(dict(trials)))}
 
 
 def accuracy(entry: Entry, length: int | None = None) -> float | None:
@@ -38,16 +42,24 @@ def accuracy(entry: Entry, length: int | None = None) -> float | None:
 def table(title: str, entries: Named) -> Table:
     """A row a contestant: accuracy in percent at each length that was tested, speed, memory."""
     lengths = sorted({n for e in entries.values() if e.outcome for n in e.outcome.accuracy})
-    rows = []
-    for name, entry in entries.items():
+    rows: list[Row] = []
+    spread: dict[str, tuple[float, float]] = {}
+    for i, (name, entry) in enumerate(entries.items()):
         found = entry.outcome
-        figures = [None if found is None else round(100 * found.accuracy[n], 1) if n in found.accuracy else None
-                   for n in lengths]  # fmt: skip
+        figures: list[float | None] = []
+        for j, n in enumerate(lengths, 1):
+            if found is None or n not in found.accuracy:
+                figures.append(None)
+                continue
+            right, error = 100 * found.accuracy[n], 196 * found.error(n)
+            figures.append(round(right, 1))
+            spread[f"{i},{j}"] = (round(max(0.0, right - error), 1), round(min(100.0, right + error), 1))
         rows.append((name, *figures, *costs(entry)))
-    return Table(title=title, columns=("mixer", *(f"accuracy at {n}, %" for n in lengths), *COLUMNS), rows=tuple(rows))
+    columns = ("mixer", *(f"accuracy at {n}, %" for n in lengths), *COLUMNS)
+    return Table(title=title, columns=columns, rows=tuple(rows), spread=spread)
 
 
-def costs(entry: Entry) -> tuple[str | float | int | None, ...]:
+def costs(entry: Entry) -> Row:
     """The figures of COLUMNS."""
     found = entry.outcome
     if found is None:

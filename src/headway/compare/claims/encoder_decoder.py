@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headway.compare import tasks, trial
 from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Line, Plot, Table
+from headway.compare.claims._trials import of_trials
 from headway.compare.tasks.prose import MASK
 from headway.compare.trial import Trial
 from headway.machine import synchronise
@@ -110,10 +111,7 @@ def measure(how: How) -> Found:
             f"The decoder's own loss: {outcomes['decoder'].loss / math.log(2):.3f} bits a byte. The encoder tells the "
             "last byte with a mask in its place, and was asked only this way; masks are what it was trained on.",
         ),
-        settings={
-            "device": how.device,
-            "trials": {name: msgspec.to_builtins(one, str_keys=True) for name, one in trials.items()},
-        },
+        settings=of_trials(how, trials),
     )
 
 
