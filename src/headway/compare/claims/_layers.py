@@ -116,3 +116,9 @@ def formed(whole: bool) -> Iterator[None]:
 def own(found: Sequence[Named]) -> Mapping[str, Named]:
     """The user's mixers by title."""
     return {one["name"]: one for one in found}
+
+
+def power(letter: str, exponent: float) -> str:
+    """n, n², or n^1.89."""
+    whole = {1: letter, 2: f"{letter}²"}.get(round(exponent))
+    return whole if whole and abs(exponent - round(exponent)) < 0.02 else f"{letter}^{exponent:.2f}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from headway.compare.claims import FAILS, HOLDS, Found, How, Line, Plot, Table
 from headway.compare.claims._layers import ATTENTION, LSTM, SSM, Named, caller, dependence, drawn, layer, own
 from headway.mask import Mask
-from headway.mixers import Mixer
 from headway.positions import positions_of
 
 SECTION = "B"
@@ -56,9 +56,9 @@ def measure(how: How) -> Found:
     ranges = {f"{r},{c}": found[1:] for r, t in enumerate(few) for c, found in ((1, maps[t]), (2, slopes[t])) if found}
     return Found(
         verdict=HOLDS if second[2] == 0 and first[1] >= 0.05 else FAILS,
-        because=f"Between two inputs attention's map changes by {first[0]:.2f}, the kernel's by {second[0]:.2g}; a "
-        f"gate brings content into a convolution behind the sums ({slopes['long kernel, gated'][0]:.2f} in the "
-        "Jacobian), not into its map.",
+        because=f"Between two inputs attention's map changes by {first[0]:.2f}, the kernel's by "
+        f"{second[0]:.2g}; the Jacobian "
+        f"of either changes ({slopes['attention'][0]:.2g} and {slopes['long kernel'][0]:.2g}), as activations bend it.",
         tables=(
             Table(
                 title="Change between two inputs, 0 to 1",
@@ -84,9 +84,9 @@ def measure(how: How) -> Found:
 
 
 @torch.no_grad()
-def mixing(net: Mixer, x: Tensor, one_way: bool) -> Tensor | None:
+def mixing(net: Any, x: Tensor, one_way: bool) -> Tensor | None:
     """The weights of a layer's tokens, `Float[T T]`, averaged over heads; None of what tells none."""
-    how = {"mask": Mask(causal=one_way), "pos": positions_of(None, 1, x.shape[1], x.device)}
+    how: dict[str, Any] = {"mask": Mask(causal=one_way), "pos": positions_of(None, 1, x.shape[1], x.device)}
     if hasattr(net, "glance"):
         return net.glance(x, **how).rows(slice(None))[0].mean(0).double()
     return net.implied(x, **how).map[0].mean(0).double() if hasattr(net, "implied") else None

@@ -19,6 +19,7 @@ from headway.compare.claims._layers import (
     kept_bytes,
     layer,
     own,
+    power,
     seconds,
 )
 from headway.compare.growth import crossover, fit
@@ -72,10 +73,12 @@ def measure(how: How) -> Found:
     return Found(
         verdict=HOLDS if in_n and in_d else PARTLY if in_n else FAILS,
         because="; ".join(
-            f"{t}: operations grow as n^{exponent(t, 'flops in n'):g} d^{exponent(t, 'flops in d'):g}" for t in EXPECTED
+            f"{t}: operations grow as {power('n', exponent(t, 'flops in n'))} {power('d', exponent(t, 'flops in d'))}"
+            for t in EXPECTED
         )
-        + f". What training keeps of attention grows as n^{exponent('attention', 'kept in n'):g} by the fused kernel, "
-        f"as n^{exponent(FORMED, 'kept in n'):g} where the map is formed. Faster than attention here: "
+        + f". What training keeps of attention grows as {power('n', exponent('attention', 'kept in n'))} by the "
+        f"fused kernel, "
+        f"as {power('n', exponent(FORMED, 'kept in n'))} where the map is formed. Faster than attention here: "
         + "; ".join(f"{t} {where}" for t, where in crosses.items())
         + ".",
         tables=(

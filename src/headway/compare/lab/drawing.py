@@ -78,7 +78,8 @@ def axis(values: Sequence[float], log: bool, start: float, end: float, room: flo
     else:
         share = low >= 0 and high <= 1 and high > 0.2  # of a whole: its ends mean something
         spread = high - low or abs(high) or 1.0
-        marked = ticks(0.0, 1.0) if share else ticks(low - room * spread, high + room * spread)
+        bottom = max(low - room * spread, 0.0) if low >= 0 else low - room * spread
+        marked = ticks(0.0, 1.0) if share else ticks(bottom, high + room * spread)
         scale = Scale(marked[0], marked[-1], start, end)
     every = math.ceil(len(marked) / LABELLED)
     return scale, [Tick(scale(v), said(v)) for v in marked[::every]]

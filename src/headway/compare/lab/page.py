@@ -98,7 +98,8 @@ def card(record: Record) -> dict[str, Any]:
     """What the page shows of a claim."""
     tables = [table(one) for one in record["tables"]]
     return {
-        **{key: record[key] for key in ("name", "section", "title", "said", "method", "rule", "because", "notes")},
+        **{key: record[key] for key in ("name", "section", "title", "said", "method", "rule", "notes")},
+        "because": record["because"][:1].upper() + record["because"][1:],
         "kind": KINDS.get(record["verdict"], "open"),
         "verdict": record["verdict"],
         "failed": record["failed"],
@@ -119,7 +120,8 @@ def table(data: Record) -> dict[str, Any]:
     """Cells of (text, spread in words, whether it is a number)."""
     spread = data["spread"]
     rows = [[cell(value, spread.get(f"{r},{c}")) for c, value in enumerate(row)] for r, row in enumerate(data["rows"])]
-    return {"title": data["title"], "columns": data["columns"], "rows": rows}
+    words = [bool(rows) and not any(row[c][2] for row in rows) for c in range(len(data["columns"]))]
+    return {"title": data["title"], "columns": list(zip(data["columns"], words, strict=True)), "rows": rows}
 
 
 def cell(value: Any, spread: Sequence[Any] | None) -> tuple[str, str, bool]:
