@@ -50,20 +50,23 @@ STEPS = 2**33  # of comparing letters, in which a look for the nearest inputs is
 
 
 def nearest_input(train: Sequence[Values], rows: Sequence[Values], kind: str) -> dict[str, Any]:
-    """Error rates of answering with the target of the training input that is the fewest edits away, the first of equals.
+    """Error rates of answering with the target of the training input that is fewest edits away, the first of equals.
 
     `kind`: of the target's tokenizer. Where there are too many training inputs to compare with all, fewer are taken,
     and `baseline` says how many.
     """
     from rapidfuzz.distance import Levenshtein
-    from rapidfuzz.process import extractOne
+    from rapidfuzz.process import cdist
 
     wanted, known = references(rows), references(train)
     length = 1 + sum(map(len, known)) // max(1, len(known))
     count = max(1, STEPS // (length * -(-length // 64) * max(1, len(wanted))))
     inputs = [text for text, *_ in fewer([(text,) for text in known], count)]
-    found = {text: extractOne(text, inputs, scorer=Levenshtein.distance)[0] for text in wanted}
-    said = rates([score(text, listed, known[found[text]][0], kind) for text, listed in wanted.items()])
+    asked, nearest = list(wanted), []
+    for i in range(0, len(asked), 64):  # so many rows of distances at a time
+        distances = cdist(asked[i : i + 64], inputs, scorer=Levenshtein.distance, dtype=np.uint32)
+        nearest += [known[inputs[j]][0] for j in distances.argmin(1)]
+    said = rates([score(text, wanted[text], answer, kind) for text, answer in zip(asked, nearest, strict=True)])
     name = "the target of the nearest training input" + (f" of {count:,}" if count < len(known) else "")
     return {"per_baseline": said.per, "wer_baseline": said.wer, "baseline": name}
 

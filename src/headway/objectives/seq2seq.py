@@ -40,6 +40,7 @@ class Objective(Base):
         if not 0 <= smoothing < 1:
             raise ValueError(f"objective.smoothing is a share from 0 to below 1, not {smoothing}")
         self.smoothing = smoothing
+        self.plain: tuple[Sequence[Values], dict[str, Any]] | None = None
 
     def spec(self, model: dict[str, Any], tools: Tools) -> dict[str, Any]:
         assert tools.source is not None and tools.target is not None
@@ -118,7 +119,9 @@ class Objective(Base):
         return recipe.tokenizers.target.kind if self.own else "whitespace"
 
     def baseline(self, train: Sequence[Values], rows: Sequence[Values], recipe: Recipe) -> dict[str, Any]:
-        return nearest_input(train, rows, self.unit(recipe))
+        if self.plain is None or self.plain[0] is not train:  # models of a comparison share it
+            self.plain = train, nearest_input(train, rows, self.unit(recipe))
+        return self.plain[1]
 
 
 def _ended(tokenizer: Tokenizer | PublishedTokenizer, text: str) -> tuple[list[int], int]:
