@@ -2,7 +2,7 @@
 
 minilm: MiniLM over windows of 128, texts of 4,096 tokens. sinks, still: SmolLM2 reads a stream of 20,000 tokens with a
 window and sinks, and with sinks that stay where they stand (arXiv 2309.17453). full: the first 6,000 with a window
-alone, and whole. heal: MiniLM over windows of 16 before and after a short distillation. Each part's figures go to
+alone, and whole. heal: MiniLM over windows of 8 before and after a short distillation. Each part's figures go to
 `results/swap.json`, beside the others'.
 """
 
@@ -84,7 +84,7 @@ def part(name: str) -> dict[str, Any]:
                             seconds=20)  # fmt: skip
             return report(minilm(), wishes)[1]
         case "heal":
-            wishes = Wishes(mixer="longformer:window=16", heal=60, length=256, lengths=(256,), seconds=5)
+            wishes = Wishes(mixer="longformer:window=8", heal=30, length=128, lengths=(128,), seconds=5)
             return report(minilm(), wishes)[1]
     raise SystemExit(f"no part {name}: {', '.join(PARTS)}")
 
