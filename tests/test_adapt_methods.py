@@ -2,15 +2,17 @@
 refuse."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from published import saved
-from tiny import fresh
+from tiny import fresh, task, write_pairs
 from torch import Tensor
 
+import headway
 from headway import adapt as adapting
 from headway import load, models
 from headway.adapt import adapt, bare, merge, unmerge, use
@@ -144,7 +146,7 @@ def test_a_prefix_is_keys_and_values_before_all_others() -> None:
     net = fresh("transformer")
     trained(Net(net), "prefix", {"length": 3})
     mixer = net.decoder.blocks[0].cross.inner
-    k, v = net.decoder.adapters["default"]["whole"].parts["cross"]()[0]
+    k, v = net.decoder.adapters["default"]["whole"].parts["cross"].pairs()[0]
     x, context, seen = torch.randn(2, 4, 32), torch.randn(2, 6, 32), []
     handle = mixer.register_forward_hook(lambda m, args, kwargs, y: seen.append((args[0], y)), with_kwargs=True)
     pos = torch.arange(4).expand(2, -1)
@@ -293,3 +295,30 @@ def test_stacks_of_other_mixers_read_prompts_too() -> None:
     assert net(ids).shape == (1, 3, 16)
     with pytest.raises(ValueError, match="no layer of this stream counts"):
         net(ids, pos=torch.arange(3)[None], state=net.init_state(1, 4))
+
+
+# --- kept and trained
+
+
+@pytest.mark.parametrize("case", [BERT, T5], ids=str)
+@pytest.mark.parametrize("method", [*EVERY, ("lora", {"rank": 2, "bias": "all"})], ids=name_of)
+def test_a_saved_adapter_comes_back(method: tuple[str, dict[str, Any]], case: tuple[str, int], tmp_path: Path) -> None:
+    model = trained(load(saved(case), device="cpu"), *method)
+    ids, more = given(case)
+    adapting.save(model, tmp_path / "kept")
+    again = adapting.attach(load(saved(case), device="cpu"), tmp_path / "kept")
+    assert torch.equal(again.logits(ids, **more), model.logits(ids, **more))
+
+
+def test_a_recipe_trains_each_of_them(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs.tsv", 60)
+    short: dict[str, Any] = {"budget": {"steps": 2}, "evaluations": 1}
+    headway.train(task(tmp_path / "pairs.tsv", **short), out=tmp_path / "base")
+    for number, (method, options) in enumerate(EVERY):
+        recipe = task(tmp_path / "pairs.tsv", **short, model={"load": str(tmp_path / "base")},
+                      adapt={"method": method, **options})  # fmt: skip
+        del recipe["tokenizers"]
+        headway.train(recipe, out=tmp_path / str(number))
+        model = headway.load(tmp_path / str(number))
+        assert all(bool(parameter.isfinite().all()) for parameter in mine(model.net))
+        assert len(model.generate(["abc", "hg"])) == 2

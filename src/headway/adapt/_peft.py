@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headway.adapt import _peft_lora as lora
-from headway.adapt._base import Record, adapted, known_of, network_of
+from headway.adapt._base import Record, adapted, known_of, plain
 from headway.adapt._peft_names import TASKS, Names, Piece, Run, is_linear
 from headway.adapt._targets import WHOLE, Place, find, places
 from headway.families import Config
@@ -46,7 +46,7 @@ def attach(model: Any, folder: Path, name: str) -> Any:
         refuse_pickle(old)
     config = configuration(read_json(folder / CONFIG, dict), folder / CONFIG)
     method, where = METHODS[config["peft_type"]], str(folder / FILE)
-    names = Names(model, network_of(model))
+    names = Names(model, plain(model))
     tensors = dict(open_weights(folder / FILE))
     held, rest = _sorted_out(tensors, names, where)
     heads, biases = _beside(rest, names, where, config.get("bias", "none") if method == "lora" else "none")
@@ -283,7 +283,7 @@ def _parts(module: Any, name: str) -> list[tuple[str, Any]]:
 
 def save(model: Any, folder: Path, name: str, base: str = "") -> None:
     """Writes one adapter of a loaded model as a folder that PEFT loads, atomically."""
-    net = network_of(model)
+    net = plain(model)
     record = known_of(model).records[name]
     if record.method not in METHODS.values():
         raise ValueError(

@@ -50,7 +50,8 @@ class Prefix(nn.Module):
         net = self.inner
         return F.linear(F.linear(self.table, net["enter"], net["enter_bias"]).tanh(), net["leave"], net["leave_bias"])
 
-    def forward(self) -> list[Pair]:
+    def pairs(self) -> list[Pair]:
+        """Of each layer. It is no `forward`: what counts operations hooks those, and fails where nothing goes in."""
         by_layer = self.whole().split(self.sizes, 1)
         pairs = [t.unflatten(1, shape).permute(1, 2, 0, 3) for t, shape in zip(by_layer, self.shapes, strict=True)]
         return [(pair[0], pair[1]) for pair in pairs]
@@ -114,7 +115,8 @@ class Method(Adapter):
 
     def _states(self, given: States | None, rows: int, pos: Tensor) -> States:
         """The state of each layer with its prefix: around it, or already in it where it is a stream's own."""
-        own, over = (iter(self.parts[name]() if name in self.parts else ()) for name in SLOTS)
+        parts: Any = self.parts
+        own, over = (iter(parts[name].pairs() if name in parts else ()) for name in SLOTS)
         states: States = []
         fresh = given is not None and "self" in self.parts and begins(given, "prefix")
         for i, (mixes, crosses) in enumerate(self.slots):
