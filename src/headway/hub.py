@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headway import families, machine, models
-from headway.adapt._base import adaptation_of
+from headway.adapt._base import adaptation_of, refuse_rows
 from headway.adapt._files import rebuild, save
 from headway.adapt._merge import fold
 from headway.families import Published
@@ -32,7 +32,7 @@ from headway.loaded import MAX_TOKENS, Facts
 from headway.loaded import Loaded as Bare
 from headway.quantize import mix_for, roundings
 from headway.spec import convert
-from headway.store import check_fit, read_folder, read_json
+from headway.store import check_fit, read_folder, read_json, safe_name
 from headway.text import Tokenizer
 from headway.transfer import Rule, blank, fill
 from headway.use.answer import Answer, answer
@@ -61,6 +61,11 @@ class How(NamedTuple):
 class Loaded(Bare):
     """A network with its tokenizers, ready to use; `hidden` and `logits` give the raw tensors."""
 
+    def pack(self, quantize: str | None = None) -> None:
+        """As `loaded.Loaded`; what uses a model begins with it."""
+        refuse_rows(self.net)
+        super().pack(quantize)
+
     def generate(
         self,
         prompts: Iterable[Any],
@@ -88,6 +93,7 @@ class Loaded(Bare):
         given = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
                  "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed}  # fmt: skip
         if isinstance(self.source, Tokenizer):
+            refuse_rows(self.net)
             if alien := [
                 name for name, value in {**given, "task": task, "chat": chat or None}.items() if value is not None
             ]:
@@ -395,10 +401,3 @@ def rules_for(found: Published, names: Collection[str]) -> list[Rule]:
         rules = [rule._replace(theirs=tuple(name.removeprefix(found.prefix) for name in rule.theirs)) for rule in rules]
     ignored = [name for name in names if any(fnmatchcase(name, pattern) for pattern in found.ignore)]
     return rules + [Rule((), (name,)) for name in ignored]
-
-
-def safe_name(name: str) -> str:
-    """`name` where it can be a folder of its own, else an error: names come from recipes."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise ValueError(f"'{name}' cannot name a folder: use letters, digits, '.', '_' and '-'")
-    return name

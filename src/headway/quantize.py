@@ -52,7 +52,9 @@ def prepare(net: nn.Module, quantize: str | None = None, dtype: torch.dtype = to
     for module in net.modules():
         if type(module) is nn.Embedding:
             tables.setdefault(id(module.weight), []).append(module)
-    for parameter in net.parameters():
+    for name, parameter in net.named_parameters():
+        if ".adapters." in name:
+            continue  # they stay in fp32
         if quantize is None or not any(parameter is linear.weight for linear in linears):
             parameter.data = parameter.data.to(dtype)
     while linears:

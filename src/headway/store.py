@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -194,6 +195,13 @@ def check_fit(model: nn.Module | Mapping[str, Tensor], tensors: Mapping[str, Ten
             f"first: {(missing + extra + sorted(wrong))[0]}"
         )
         raise ValueError(f"{where}: its weights are not this model's ({fault}): spec and weights must come together")
+
+
+def safe_name(name: str) -> str:
+    """`name` where it can be a folder of its own, else an error: names come from recipes."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(f"'{name}' cannot name a folder: use letters, digits, '.', '_' and '-'")
+    return name
 
 
 def unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -229,6 +229,14 @@ def known_of(model: Any) -> Adaptation:
     return known
 
 
+def refuse_rows(net: nn.Module) -> None:
+    """For who orders the rows of batches anew, or lets some leave: adapters chosen row by row would be others'."""
+    known = adaptation_of(net)
+    if known is not None and known.rows is not None:
+        raise ValueError("adapters were chosen for each row of batches of your own (model.net, hidden, logits), "
+                         "and here rows are sorted, and leave early: headway.adapt.use(model, name) first")  # fmt: skip
+
+
 def state(model: Any, name: str | None = None) -> dict[str, Tensor]:
     """What is an adapter's, by name in the network's `state_dict`: its parameters, and the heads that train with it.
 
