@@ -17,6 +17,7 @@ from headway.hub import Loaded
 from headway.mask import Mask
 from headway.swap.change import changed
 from headway.swap.words import layers_of, mixer_of
+from headway.testing import check_mixer
 
 FAMILIES = ("bert", "roberta", "gpt2", "llama", "t5", "vit")
 CASES = [case for case in TINY if case[0] in FAMILIES and case[1] % 2 == 0]
@@ -206,6 +207,12 @@ def test_sinks_are_never_farther_than_the_memory_is_long() -> None:
 
     torch.testing.assert_close(shifted(found, 500), shifted(found, 0), atol=1e-4, rtol=1e-3)
     assert (shifted(still, 500) - shifted(still, 0)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("options", [{"window": 3, "sinks": 2, "kv_heads": 2, "bias": True},
+                                     {"window": 2, "sinks": 0, "qk_norm": True, "positions": "none"}])  # fmt: skip
+def test_streaming_keeps_the_contract_of_mixers(options: dict[str, Any]) -> None:
+    assert {"streamed_equals_parallel", "padding_changes_nothing"} <= set(check_mixer("streaming", **options))
 
 
 # --- what is refused
