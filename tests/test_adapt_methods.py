@@ -19,6 +19,7 @@ from headway.adapt import adapt, bare, merge, unmerge, use
 from headway.attend import reference
 from headway.mask import Mask
 from headway.probe.look import look
+from headway.use.passes import passes
 
 BERT, GPT2, LLAMA, T5 = ("bert", 3), ("gpt2", 1), ("llama", 2), ("t5", 0)
 KINDS = ("houlsby", "pfeiffer", "parallel")
@@ -295,6 +296,16 @@ def test_stacks_of_other_mixers_read_prompts_too() -> None:
     assert net(ids).shape == (1, 3, 16)
     with pytest.raises(ValueError, match="no layer of this stream counts"):
         net(ids, pos=torch.arange(3)[None], state=net.init_state(1, 4))
+
+
+@pytest.mark.parametrize("method", EVERY, ids=name_of)
+def test_texts_read_together_are_as_each_alone(method: tuple[str, dict[str, Any]]) -> None:
+    model = trained(load(saved(BERT), device="cpu"), *method)
+    rows = [[5, 6, 7], [8, 9], [5, 9, 7, 11], [12, 13, 14]]
+    for group in passes(model, rows, [[0] * len(row) for row in rows]):
+        for row, hidden in zip(group.rows, group.hidden, strict=True):
+            alone = model.hidden(torch.tensor([rows[row]]))[0]
+            torch.testing.assert_close(hidden[: len(alone)], alone, atol=1e-5, rtol=1e-5)
 
 
 # --- kept and trained

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headway.block import Stack
 from headway.loaded import Inputs, Loaded
 from headway.mask import Mask
 from headway.models import decoder, encoder
@@ -128,6 +129,8 @@ def packs(net: Any) -> bool:
     from headway.mixers.attention import Attention
 
     mixers = [block.mixer.inner for block in net.stack.blocks if block.mixer is not None]
+    if type(net.stack) is not Stack:  # an adapter stands there, which puts tokens before those of each sequence
+        return False
     exact = all(
         isinstance(mixer, Attention) and mixer.softcap is None and mixer.local.window is None for mixer in mixers
     )
