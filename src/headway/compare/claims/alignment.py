@@ -25,7 +25,7 @@ RULE = (
     f"It holds where the most weight lies on the right letter for {NEAR:g}% of sounds or more, for every seed, and "
     "more often than on the diagonal; in part where only the latter is so."
 )
-SECONDS = (45.0, 240.0)
+SECONDS = (25.0, 300.0)
 LETTERS, SOUNDS, WIDTH, LENGTH = 26, 30, 64, 10
 START = SOUNDS  # of the outputs; SOUNDS + 1 fills rows that are done
 

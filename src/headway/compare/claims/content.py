@@ -21,7 +21,7 @@ METHOD = (
     "made to sum to one; 0 is the same map, 1 has nothing in common."
 )
 RULE = "It holds where the convolution's map does not change at all and attention's changes by 0.05 or more."
-SECONDS = (6.0, 20.0)
+SECONDS = (2.0, 10.0)
 WIDTH, LENGTH = 16, 24
 
 

@@ -22,7 +22,7 @@ SAID = (
 )
 METHOD = "Entries of the Jacobian of one layer that are not exactly zero, in float64, as shares of each kind of pair."
 RULE = "It holds where every share is exactly 100% or 0%, as said, and both layers have 4 d² parameters."
-SECONDS = (2.0, 5.0)
+SECONDS = (1.0, 10.0)
 WIDTH, TARGET, SOURCE, PADDED = 16, 12, 16, 4
 NAMED = {"name": "attention", "heads": 2}
 

@@ -28,7 +28,7 @@ RULE = (
     "there changes 80% of answers and another value 20% at most, and the convolution's is on it for 20% at most; in "
     "part where only the convolution's part fails."
 )
-SECONDS = (25.0, 120.0)
+SECONDS = (10.0, 100.0)
 LENGTH, PAIRS, SYMBOLS = 64, 4, 16
 KINDS: dict[str, Named] = {
     "attention": {"name": "attention", "heads": 1},

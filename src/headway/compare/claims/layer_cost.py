@@ -34,7 +34,7 @@ RULE = (
     f"It holds where the exponents of operations in n (far out, where n is above 16 d) and in d are within {NEAR:g} "
     "of what is said; in part where those in n are."
 )
-SECONDS = (40.0, 240.0)
+SECONDS = (8.0, 150.0)
 FORMED = "attention, map formed"
 WIDTH = 64
 

@@ -13,7 +13,7 @@ RULE = (
     "Evenly spread, the share would be 8 in n. It holds where attention's is within a factor of 2 of that and that "
     "of the convolution of 3 is 100%; in part where only one of the two is so."
 )
-SECONDS = (5.0, 15.0)
+SECONDS = (1.0, 10.0)
 WIDTH, NEAR = 16, 8
 
 

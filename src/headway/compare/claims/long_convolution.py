@@ -21,7 +21,7 @@ RULE = (
     "4 d² (attention), n d + 3 d² + 4 d (one kernel a channel) and 2 n d² + d² + 3 d (full kernel) at every length, "
     "and operations grow slower for the kernel a channel than for attention; in part where all but the last is so."
 )
-SECONDS = (6.0, 20.0)
+SECONDS = (2.0, 10.0)
 WIDTH = 16
 SLIGHT = 1e-12  # of the largest entry: what Fourier transforms leave where there should be nothing
 

@@ -19,7 +19,7 @@ RULE = (
     f"It holds where the error is below {BLIND:g} for attention without positions, and above {SEES:g} for each scheme "
     "of positions and for the convolution; in part where the schemes do but one of the others does not."
 )
-SECONDS = (2.0, 5.0)
+SECONDS = (1.0, 10.0)
 WIDTH, LENGTH = 16, 32
 SCHEMES = ("learned", "sinusoidal", "rotary", "alibi", "buckets")
 

@@ -23,7 +23,7 @@ RULE = (
     f"Chains grow as length^b. It holds where b is at most {FLAT:g} for attention and the convolution and at least "
     f"{STEEP:g} for LSTM and GRU; in part where only the recurrent ones are as said."
 )
-SECONDS = (45.0, 240.0)
+SECONDS = (20.0, 240.0)
 WIDTH = 64
 
 

@@ -34,7 +34,7 @@ RULE = (
     "It holds where attention and the LSTM need one layer at every distance, kernels of 3 need exactly as many as "
     "tokens between, and doubling ones exactly ceil(log2(distance + 1)); in part where attention alone is as said."
 )
-SECONDS = (8.0, 40.0)
+SECONDS = (6.0, 90.0)
 DOUBLING, STACKED = "convolutions of 3, doubling", "convolutions of 3"
 WIDTH, DEPTH = 8, 4  # DEPTH: of the stacks whose decay is shown
 

@@ -20,7 +20,7 @@ RULE = (
     "It holds where undivided scores spread as d to the power 0.4 to 0.6, divided ones stay within 10% of 1, and the "
     "widest head learns 5 points less without division; in part where only training contradicts."
 )
-SECONDS = (30.0, 240.0)
+SECONDS = (30.0, 400.0)
 KEYS = 64
 Figures = tuple[float, float, float]  # spread of the scores, entropy of the softmax (1 is even), size of its gradient
 
