@@ -171,7 +171,9 @@ class Objective(Base):
                 worse.append(own[~batch.liked])
         high, low = torch.cat(better), torch.cat(worse)
         gaps = high - low if self.loss != "kto" else (high[:, None] - low).flatten()
-        found = {"preference_accuracy": float(gaps.gt(0).float().mean()), "margin": self.beta * float(gaps.mean())}
+        found: dict[str, float] = {}
+        if len(gaps):  # of unpaired answers, all that are held out may be of one kind
+            found = {"preference_accuracy": float(gaps.gt(0).float().mean()), "margin": self.beta * float(gaps.mean())}
         prompts = list(dict.fromkeys(row[0] for row in rows))
         return Score({**found, "kl": self.divergence(model, prompts[:PROMPTS], tools), "test_rows": len(rows)})
 
