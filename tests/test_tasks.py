@@ -53,6 +53,7 @@ def test_mqar_asks_each_key_once_for_the_value_that_followed_it() -> None:
         asked = [at for at, counted in enumerate(counts) if counted]
         assert sorted(ids[at] for at in asked) == sorted(known) and min(asked) >= 12
         assert all(targets[at] == known[ids[at]] for at in asked)
+        assert len(set(known.values())) == len(known) == 6
 
 
 def test_mqar_asks_early_more_often_than_late() -> None:

@@ -44,8 +44,9 @@ class Mqar(Task, frozen=True):
     def batch(self, random: np.random.Generator, rows: int, length: int) -> Batch:
         require_length("mqar", length, 4 * self.pairs, f"{self.pairs} pairs and their questions")
         ids, targets = np.zeros((2, rows, length), dtype=np.int64)
-        keys = 1 + random.random((rows, self.symbols)).argsort(1)[:, : self.pairs]
-        values = 1 + self.symbols + random.integers(self.symbols, size=keys.shape)
+        # neither comes twice: a value that did would be a better guess than chance
+        keys, values = random.random((2, rows, self.symbols)).argsort(2)[:, :, : self.pairs] + 1
+        values = values + self.symbols
         ids[:, 0 : 2 * self.pairs : 2], ids[:, 1 : 2 * self.pairs : 2] = keys, values
         slots = (length - 2 * self.pairs) // 2
         law = np.arange(1, slots + 1) ** (POWER - 1)
