@@ -43,6 +43,8 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo": ({"reward": "per", "answers": 2, "tokens": 4, "epochs": 2}, LOADED),
     "masked": ({}, ENCODER),
     "ppo": ({"reward": "per", "answers": 2, "tokens": 4, "epochs": 2}, LOADED),
+    "preference": ({}, LOADED),
+    "reward": ({}, LOADED),
     "seq2seq": ({"smoothing": 0.1}, PAIRED),
     "span": ({}, PAIRED),
 }
@@ -55,10 +57,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows that hold what each objective reads, and a teacher."""
     folder = tmp_path_factory.mktemp("resume")
     words = ["red", "green", "blue", "old", "new", "big", "small", "far"]
-    lines = ["input,target,text,second,label,question,context,answer"]
+    lines = ["input,target,text,second,label,question,context,answer,prompt,chosen,rejected"]
     for i in range(90):
         text = " ".join(words[(i * k) % 8] for k in range(1, 2 + i % 4)) + f" {i}"
         row = [text, " ".join(text.upper()), text, text[::-1], words[i % 3], f"which {i}?", text, text.split()[0]]
+        row += [text, text.split()[0], text.split()[-1]]
         lines.append(",".join(row))
     (folder / "rows.csv").write_text("\n".join(lines) + "\n", "utf-8")
     headway.train({**recipe_of("causal", folder), "budget": {"steps": 1}, "workers": 0}, out=folder / "TEACHER")
