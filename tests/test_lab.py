@@ -99,6 +99,14 @@ def test_a_claim_that_breaks_is_told_stops_no_other_and_is_tried_again(three: An
     assert not any(c["failed"] for c in lab(out=tmp_path, device="cpu", resume=True)["claims"]) and CALLS == ["second"]
 
 
+def test_a_mixer_that_cannot_join_costs_its_own_row_and_not_the_claim(three: Any, tmp_path: Path) -> None:
+    whole = three["first"].measure
+    three["first"].measure = lambda how: 1 / 0 if how.mixers else whole(how)
+    found = lab(["first"], mixers=["identity"], out=tmp_path, device="cpu")["claims"][0]
+    assert found["verdict"] == HOLDS and found["failed"] is None
+    assert found["notes"] == ["Measured without identity, with which it broke off: ZeroDivisionError: division by zero"]
+
+
 def test_a_folder_of_another_run_is_not_mixed_with_this_one(three: Any, tmp_path: Path) -> None:
     lab(["first"], out=tmp_path, device="cpu")
     with pytest.raises(ValueError, match="add --resume, or name another --out"):

@@ -20,7 +20,7 @@ import torch
 
 from headway import machine, mixers
 from headway.compare import claims, tasks
-from headway.compare.claims import OPEN, Found, How
+from headway.compare.claims import OPEN, Claim, Found, How
 from headway.compare.cost_subjects import device_of
 from headway.compare.lab.folder import Folder, settings_of
 from headway.store import write_text
@@ -83,16 +83,15 @@ def lab(
 
 def measure(name: str, how: How, clock: _Clock | None = None) -> dict[str, Any]:
     """One claim: what it says and what was found. An error inside is a record that tells it in `failed`."""
-    claim, began, failed = claims.find(name), time.monotonic(), None
+    claim, began = claims.find(name), time.monotonic()
     tell = (lambda what, share: None) if clock is None else clock.tell
     tell("", 0.0)
-    with torch.random.fork_rng(devices=[how.device] if how.device != "cpu" else []):
-        torch.manual_seed(how.seed)
-        try:
-            found = claim.measure(msgspec.structs.replace(how, tell=tell))
-        except Exception as error:
-            failed = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
-            found = Found(verdict=OPEN, because="The measurement broke off.", tables=())
+    found, failed = _found(claim, msgspec.structs.replace(how, tell=tell))
+    if failed and how.mixers:  # a mixer of the user's that cannot do this costs its own row, not the claim
+        found, without = _found(claim, msgspec.structs.replace(how, tell=tell, mixers=()))
+        who = ", ".join(one["name"] for one in how.mixers)
+        note = f"Measured without {who}, with which it broke off: {failed}"
+        found, failed = msgspec.structs.replace(found, notes=(*found.notes, note)), without
     record = {
         "name": name,
         "section": claim.SECTION,
@@ -108,6 +107,17 @@ def measure(name: str, how: How, clock: _Clock | None = None) -> dict[str, Any]:
     if clock is not None:
         clock.took(name, record["seconds"])
     return record
+
+
+def _found(claim: Claim, how: How) -> tuple[Found, str | None]:
+    """What a claim finds, or an empty finding and the line that tells why."""
+    with torch.random.fork_rng(devices=[how.device] if how.device != "cpu" else []):
+        torch.manual_seed(how.seed)
+        try:
+            return claim.measure(how), None
+        except Exception as error:
+            line = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+            return Found(verdict=OPEN, because="The measurement broke off.", tables=()), line
 
 
 def seconds_of(name: str, quick: bool) -> float:
