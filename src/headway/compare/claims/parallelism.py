@@ -141,7 +141,8 @@ def trained(net: nn.Module, one_way: bool, length: int, tokens: int, how: How) -
     """Seconds of a call and its way back, over `tokens` tokens in rows of `length`."""
     from headway.machine import synchronise
 
-    call, x, on = caller(net, one_way), drawn(tokens // length, length, WIDTH).to(how.device), torch.device(how.device)
+    call, on = caller(net, one_way), torch.device(how.device)
+    x = drawn(tokens // length, length, WIDTH).to(on).requires_grad_()  # a layer may have no weights
 
     def run() -> None:
         with torch.enable_grad():
