@@ -13,6 +13,7 @@ from torch import nn
 
 import headway
 from headway import adapt
+from headway.store import read_folder, write_folder
 
 
 @pytest.mark.parametrize("how", [{}, {"rslora": True}, {"dora": True}, {"targets": "blocks.*"}])
@@ -204,3 +205,36 @@ def test_gradients_at_once_are_those_of_the_parts(targets: str) -> None:
     given, wanted = torch.randn_like(expected), (x, adapter.down, adapter.up)
     own = torch.autograd.grad(module(x), wanted, given)
     torch.testing.assert_close(own, torch.autograd.grad(expected, wanted, given), rtol=1e-4, atol=1e-5)
+
+
+def test_a_name_of_pytorchs_own_and_a_head_of_anothers_are_refused() -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match="PyTorch"):
+        adapt(model, "lora", name="train")
+    assert adapt.adaptation_of(model.net) is None and all(p.requires_grad for p in model.net.parameters())
+    adapt(model, "lora", name="a", heads=("classify",))
+    with pytest.raises(ValueError, match="'classify' trains with another adapter"):
+        adapt(model, "lora", name="b", heads=("classify",))
+
+
+def test_removing_one_adapter_leaves_the_rows_of_others() -> None:
+    model = tiny()
+    for seed, name in enumerate("abc", 1):
+        stirred(adapt(model, "lora", rank=2, name=name), seed)
+    adapt.use(model, rows=["a", None, "c"])
+    before = logits(model)
+    adapt.remove(model, "b")
+    assert torch.equal(logits(model), before)
+
+
+def test_an_adapter_that_does_not_fit_leaves_those_that_act(tmp_path: Path) -> None:
+    model = stirred(adapt(tiny(), "lora", rank=2, name="a"))
+    adapt.save(model, tmp_path / "saved")
+    before, trained = logits(model), {name for name, p in model.net.named_parameters() if p.requires_grad}
+    tensors, records = read_folder(tmp_path / "saved")
+    records["adapter"]["options"]["rank"] = 4  # as its weights are not
+    write_folder(tmp_path / "saved", tensors, records)
+    with pytest.raises(ValueError, match="do not fit"):
+        adapt.attach(model, tmp_path / "saved", name="b")
+    assert torch.equal(logits(model), before)
+    assert {name for name, p in model.net.named_parameters() if p.requires_grad} == trained

@@ -103,3 +103,39 @@ def test_new_heads_stay_whole_on_an_8_bit_base() -> None:
     assert type(model.net.heads["classify"].out) is nn.Linear
     assert model.net.heads["classify"].out.weight.requires_grad
     assert DECODER["heads"]["lm"]["tie"] and model.net.heads["lm"].out.rounded is model.net.embedding.rounded
+
+
+def test_dora_merges_as_it_acts_beside_another_change() -> None:
+    model = tiny()
+    stirred(adapt(model, "lora", rank=2, name="a"), 1)
+    stirred(adapt(model, "lora", rank=2, dora=True, name="b"), 2)
+    adapt.use(model, ["a", "b"])
+    apart = logits(model)
+    adapt.merge(model)
+    torch.testing.assert_close(logits(model), apart, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_taken_away_from_merged_weights() -> None:
+    model = stirred(adapt(tiny(), "lora", rank=2))
+    adapt.merge(model)
+    with pytest.raises(ValueError, match="unmerge"):
+        adapt.remove(model, "default")
+    with pytest.raises(ValueError, match="unmerge"):
+        adapt.save(model, "never", format="peft")
+    adapt.unmerge(model)
+    adapt.remove(model, "default")
+
+
+def test_a_refused_fold_leaves_an_8_bit_base_as_it_was() -> None:
+    model = stirred(adapt(tiny(), "bottleneck", size=4, quantize="int8"))
+    before = logits(model)
+    with pytest.raises(ValueError, match="cannot be merged"):
+        adapt.fold(model)
+    assert any(type(m) is RoundedLinear for m in model.net.modules())
+    assert torch.equal(logits(model), before)
+
+
+def test_ia3_learns_upon_8_bits() -> None:
+    model = stirred(adapt(tiny(), "ia3", quantize="int8"))
+    model.net.head("lm", model.net(IDS)).square().mean().backward()
+    assert all(p.grad is not None for p in model.net.parameters() if p.requires_grad)

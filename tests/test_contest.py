@@ -94,7 +94,7 @@ def test_a_mixer_of_ones_own_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     importlib.import_module("own.nothing")
     try:
         chosen = contest.contestants(16, own=({"name": "own.nothing"},))
-        entry = contest.hold(contest.each(SMALL, {"own.nothing": chosen["own.nothing"]}))["own.nothing"]
+        entry = contest.hold(contest.each(SMALL, {"mine": chosen["yours: own.nothing"]}))["mine"]
         assert entry.outcome is not None and entry.outcome.state_bytes is None
     finally:
         del sys.modules["own.nothing"], sys.modules["own"]
@@ -244,3 +244,14 @@ def test_shuffling_moves_every_picture_s_pixels_alike() -> None:
 def test_digits_are_learned_in_a_few_steps() -> None:
     data = fewer_pictures.pictures(False, 0)
     assert fewer_pictures.learn(fewer_pictures.MODELS["ConvNet"], data, 400, 20, 0, "cpu") > 30
+
+
+def test_nothing_learned_proves_nothing() -> None:
+    level = {"attention": reached(0.001), "quick": reached(0.001, speed=9000.0)}
+    assert efficient.cheaper(level) == []
+
+
+def test_a_mixer_of_the_users_never_takes_the_name_of_ours() -> None:
+    own = ({"name": "attention", "heads": 1, "window": [8, 0]}, {"name": "attention", "heads": 2})
+    found = contest.contestants(32, own=own)
+    assert found["attention"][0].get("window") is None and len({t for t in found if t.startswith("yours")}) == 2

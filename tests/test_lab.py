@@ -221,3 +221,12 @@ def test_every_mistake_is_one_line_before_anything_is_measured(
     assert code == 1 and said in err, err
     assert err.startswith("headway: ") and err.count("\n") == 1 and out == ""
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("values", [[2.1 + 0.1 * n for n in range(9)], [3.05 + 0.1 * n for n in range(9)], [5.0]])
+@pytest.mark.parametrize("log", [True, False])
+def test_a_narrow_axis_has_ticks(values: list[float], log: bool) -> None:
+    points = [[value, value] for value in values]
+    found = picture({"title": "T", "sentence": "", "x": "n", "y": "t", "kind": "line", "log_x": log, "log_y": log,
+                     "lines": [{"name": "a", "points": points}]})  # fmt: skip
+    assert found is not None and len(found.lines[0].marks) == len(values)

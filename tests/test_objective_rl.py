@@ -359,6 +359,9 @@ def test_an_adapted_model_is_its_own_reference(folder: Path, tmp_path: Path, nam
     held = set(load_file(last / "model.safetensors"))
     assert all("adapters" in key or key.startswith("value.") for key in held)
     assert any(key.startswith("value.") for key in held) == (name == "ppo")
+    held_out = [row[0] for row in prepared.splits.train[:20]]
+    model = prepared.objective.loaded(trainer.model, trainer.spec, prepared.tools)
+    assert prepared.objective.distance(model, held_out) != 0
 
 
 def test_dropout_stays_on_only_where_it_is_asked_for(folder: Path) -> None:
@@ -524,3 +527,9 @@ def test_a_reward_that_is_no_number_is_told(folder: Path) -> None:
 def test_a_prompt_that_is_too_long_is_told(folder: Path) -> None:
     with pytest.raises(ValueError, match="max_tokens is 4: raise it"):
         made(recipe_of(folder, "seq2seq", "grpo", max_tokens=4))
+
+
+@pytest.mark.parametrize("reward", ["shutil.move", "os.renames", "torch.add", f"{HERE}.read"])
+def test_a_recipe_calls_no_function_that_is_no_reward(reward: str) -> None:
+    with pytest.raises(ValueError, match=r"no module of rewards|was imported there"):
+        _rewards.find(reward)

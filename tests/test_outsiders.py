@@ -284,10 +284,9 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_packing_told_by_index_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     own = attention.Attention._own
 
-    def counting(self: Any, q: Tensor, x: Tensor, mask: Mask, pos: Tensor, state: Any) -> Tensor:
-        return own(
-            self, q, x, mask, torch.arange(pos.shape[1]).expand_as(pos) if mask.segments is not None else pos, state
-        )
+    def counting(self: Any, q: Tensor, x: Tensor, mask: Mask, pos: Tensor, *rest: Any) -> Tensor:
+        at = torch.arange(pos.shape[1]).expand_as(pos) if mask.segments is not None else pos
+        return own(self, q, x, mask, at, *rest)
 
     monkeypatch.setattr(attention.Attention, "_own", counting)
     assert "packing_changes_nothing" in broken("attention", heads=2, window=[1, 0], sinks=1)

@@ -313,3 +313,8 @@ def test_adapters_go_into_the_weights_before() -> None:
     torch.testing.assert_close(
         states(headway.swap(model, "attention:window=40").model, ids(20)), states(model, ids(20))
     )
+
+
+def test_the_least_exact_of_all_places_is_told() -> None:
+    found = headway.swap(headway.load(saved(("t5", 0))), "attention:window=2", "decoder.0,encoder.0")
+    assert found.exactness.tokens == 3

@@ -18,7 +18,7 @@ from vocabularies import package
 import headway
 from headway.hub import Loaded
 from headway.swap import Swapped, report
-from headway.swap.reading import HIDDEN, asked_of, rows_of, texts_of
+from headway.swap.reading import HIDDEN, TOKENS, asked_of, rows_of, texts_of
 
 
 def swapped(family: str, case: int, mixer: str, **more: Any) -> Swapped:
@@ -213,3 +213,18 @@ def test_smollm2_streams_with_sinks_at_constant_memory_and_without_the_blow_up()
         found[mixer] = math.exp(float(torch.cat(nats)[500:].mean()))
     with_sinks, without = found.values()
     assert with_sinks < 30 and without > 2 * with_sinks
+
+
+def test_every_row_weighs_the_same_in_a_mean() -> None:
+    one, rows = swapped("gpt2", 1, "attention:window=2"), ids(140, 30)
+    first = TOKENS // 30  # a batch; the rest is one of four rows
+    whole, many, few = one.drift(rows), one.drift(rows[:first]), one.drift(rows[first:])
+    mean = lambda told: (first * told(many) + (140 - first) * told(few)) / 140
+    assert whole.vector == pytest.approx(mean(lambda found: found.vector), rel=1e-5)
+    assert whole.cosine["stack"][-1] == pytest.approx(mean(lambda found: found.cosine["stack"][-1]), rel=1e-5)
+
+
+def test_what_has_no_weights_cannot_be_healed() -> None:
+    one = swapped("bert", 3, "fourier")
+    with pytest.raises(ValueError, match="no weights"):
+        one.heal(ids(3, 16), 2)

@@ -236,3 +236,16 @@ def test_a_task_of_ones_own_is_one_module(tmp_path: Path, monkeypatch: pytest.Mo
         assert tasks.build({"name": "mine.echo"}).answers == 5
     finally:
         del sys.modules["mine.echo"], sys.modules["mine"]
+
+
+def test_the_place_of_a_question_does_not_tell_whose_it_is() -> None:
+    batch = drawn("mqar", rows=2000, pairs=4, symbols=8)
+    first = sum(int(ids[at[0]]) == int(ids[0]) for ids, counts in zip(batch.ids, batch.counts, strict=True)
+                if len(at := counts.nonzero()[:, 0]))  # fmt: skip
+    assert abs(first / 2000 - 1 / 4) < 4 * math.sqrt(0.25 * 0.75 / 2000)
+
+
+def test_an_expression_that_cannot_be_so_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listops, "TRIES", 50)
+    with pytest.raises(ValueError, match="listops: no tree of depth 1"):
+        drawn("listops", depth=1)

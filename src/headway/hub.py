@@ -395,9 +395,8 @@ def build(
 
 def rules_for(found: Published, names: Collection[str]) -> list[Rule]:
     """The rules, with the prefix left out where a file of the bare model leaves it out."""
-    bare = bool(found.prefix) and not any(name.startswith(found.prefix) for name in names)
-    rules = found.rules
-    if bare:
-        rules = [rule._replace(theirs=tuple(name.removeprefix(found.prefix) for name in rule.theirs)) for rule in rules]
-    ignored = [name for name in names if any(fnmatchcase(name, pattern) for pattern in found.ignore)]
-    return rules + [Rule((), (name,)) for name in ignored]
+    rules = [Rule((), (name,)) for name in names if any(fnmatchcase(name, pattern) for pattern in found.ignore)]
+    if not found.prefix or any(name.startswith(found.prefix) for name in names):
+        return found.rules + rules
+    short = lambda rule: rule._replace(theirs=tuple(name.removeprefix(found.prefix) for name in rule.theirs))
+    return [short(rule) for rule in found.rules] + rules

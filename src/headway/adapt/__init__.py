@@ -132,12 +132,15 @@ def remove(model: Any, name: str) -> None:
     known = known_of(model)
     if name not in known.records:
         raise ValueError(f"this model has no adapter '{name}'{nearest(name, known.records)}")
+    if known.merged:
+        raise ValueError("adapters are merged into the weights: headway.adapt.unmerge(model) before removing one")
     for _, module in adapted(network_of(model)):
         take(module, name)
     del known.records[name]
     if not known.records and known.quantize is None:
         del network_of(model).adaptation
-    known.choose({one: amount for one, amount in known.weights.items() if one != name})
+    rows = None if known.rows is None else tuple(None if row == name else row for row in known.rows)
+    known.choose({one: amount for one, amount in known.weights.items() if one != name}, rows)
 
 
 def find_method(method: str) -> type[Adapter]:
@@ -165,6 +168,8 @@ def _options(kind: type[Adapter], method: str, given: dict[str, Any]) -> dict[st
 def _check(net: Any, known: Adaptation, name: str, heads: Sequence[str], quantize: str | None) -> None:
     if not re.fullmatch(r"[\w-]{1,100}", name):
         raise ValueError(f"adapt: an adapter is named with letters, digits, '_' and '-', not {name!r}")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"adapt: PyTorch has a use of its own for the name '{name}': give the adapter another name=")
     if name in known.records:
         raise ValueError(f"this model has an adapter '{name}' already: give the new one another name=, or remove that")
     if quantize not in (None, "int8"):
@@ -177,6 +182,9 @@ def _check(net: Any, known: Adaptation, name: str, heads: Sequence[str], quantiz
     for head in heads:
         if head not in there:
             raise ValueError(f"adapt: this model has no head '{head}'{nearest(head, there) if there else ''}")
+        if any(head in record.heads for record in known.records.values()):
+            raise ValueError(f"adapt: the head '{head}' trains with another adapter already, whose it would no longer "
+                             "be: give each a head of its own, or remove that adapter")  # fmt: skip
 
 
 def _check_rows(net: nn.Module, names: set[str | None]) -> None:

@@ -4,7 +4,8 @@ weights that it was learned upon. Megabytes, where the model has gigabytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,31 +99,52 @@ def attach(model: M, folder: str | Path, *, name: str | None = None, quantize: s
     if (path / "adapter_config.json").is_file():
         from headway.adapt import _peft
 
+        if quantize is not None:
+            raise ValueError(f"{path}: quantize= is for adapters in Headway's format: attach PEFT's without it")
         loaded: Any = model
-        return _peft.attach(loaded, path, name)
+        with undone(model, name):
+            return _peft.attach(loaded, path, name)
     saved, tensors = read(path)
     check_base(model, saved.base.hash, path)
     lacking = sorted(set(saved.heads) - set(getattr(plain(model), "heads", {})))
     if lacking:
         raise ValueError(f"{path}: was trained with the head '{lacking[0]}', which this model has not: load it with "
                          f"headway.load(..., heads={{{lacking[0]!r}: ...}})")  # fmt: skip
-    adapt(
-        model,
-        saved.method,
-        targets=saved.targets,
-        name=name,
-        heads=tuple(saved.heads),
-        quantize=quantize,
-        **saved.options,
-    )
-    try:
+    with undone(model, name):
+        adapt(
+            model,
+            saved.method,
+            targets=saved.targets,
+            name=name,
+            heads=tuple(saved.heads),
+            quantize=quantize,
+            **saved.options,
+        )
         fill(model, tensors, name, path)
-    except ValueError:
-        from headway.adapt import remove
-
-        remove(model, name)
-        raise
     return model
+
+
+@contextmanager
+def undone(model: Any, name: str) -> Iterator[None]:
+    """Where attaching an adapter fails, others act again as they did, and the same parameters train."""
+    from headway.adapt import adaptation_of, remove
+
+    net = plain(model)
+    known = adaptation_of(net)
+    was = None if known is None else (dict(known.weights), known.rows)
+    new = known is None or name not in known.records
+    trained = [p for p in net.parameters() if p.requires_grad]
+    try:
+        yield
+    except ValueError:
+        made = adaptation_of(net)
+        if new and made is not None and name in made.records:
+            remove(model, name)
+            if was is not None:
+                made.choose(*was)
+            for p in trained:
+                p.requires_grad_(True)
+        raise
 
 
 def rebuild(folder: Path, load: Callable[[str, dict[str, Any] | None], Any]) -> Any:

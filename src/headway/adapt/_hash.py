@@ -1,4 +1,4 @@
-"""The hash of a base: which weights an adapter was learned upon, whatever precision they were loaded in."""
+"""The hash of a base: which weights an adapter was learned upon, in fp32 or bf16 alike."""
 
 from __future__ import annotations
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from headway.adapt import _int8
-from headway.adapt._base import Adapted, Adapter, adapted, known_of, plain, take
+from headway.adapt._base import Adaptation, Adapted, Adapter, adapted, known_of, plain, take
 from headway.adapt._hash import base_hash
 from headway.joint import linear_of
 from headway.rounding import round_weight
+
+TABLES = (nn.Embedding, _int8.RoundedEmbedding)
 
 
 class Merged(NamedTuple):
@@ -34,6 +36,23 @@ def merge(model: Any) -> Merged:
     net, known = plain(model), known_of(model)
     if known.merged:
         raise ValueError("adapters are merged already: headway.adapt.unmerge(model) first")
+    acting = _mergeable(net, known)
+    known.base = known.base or base_hash(net)
+    apart = whole = 0.0
+    known.merged = True
+    try:
+        for module, found in acting:
+            exact, stored = _put_in(module, found)
+            apart += float((stored - exact).square().sum())
+            whole += float(exact.square().sum())
+    except BaseException:  # out of memory, or stopped: all of them or none
+        unmerge(model)
+        raise
+    return Merged(len(acting), (apart / whole) ** 0.5 if whole else 0.0)
+
+
+def _mergeable(net: nn.Module, known: Adaptation) -> list[tuple[Any, list[tuple[Adapter, float]]]]:
+    """The modules with adapters in use, once all of these can be merged."""
     if known.rows is not None:
         raise ValueError(
             "merge: each row has an adapter of its own, and weights are one for all; use(model, name) first"
@@ -43,14 +62,7 @@ def merge(model: Any) -> Merged:
         for adapter, amount in found:
             if type(adapter).merge is Adapter.merge:
                 adapter.merge(torch.empty(0), None, amount)  # which says why it cannot be done
-    known.base = known.base or base_hash(net)
-    apart = whole = 0.0
-    for module, found in acting:
-        exact, stored = _put_in(module, found)
-        apart += float((stored - exact).square().sum())
-        whole += float(exact.square().sum())
-    known.merged = True
-    return Merged(len(acting), (apart / whole) ** 0.5 if whole else 0.0)
+    return acting
 
 
 def unmerge(model: Any) -> None:
@@ -71,13 +83,14 @@ def fold(model: Any) -> Any:
     An 8-bit base becomes one of floating-point weights, so that merging rounds nothing.
     """
     net, known = plain(model), known_of(model)
+    _mergeable(net, known)
     if known.merged:
         unmerge(model)
-    _unround(net)
-    tables = {id(m.weight): name for name, m in net.named_modules() if isinstance(m, nn.Embedding)}
+    tables = {id(_stored(m)): name for name, m in net.named_modules() if isinstance(m, TABLES)}
     for name, module in adapted(net):
-        if _acting(module) and (shared := tables.get(id(getattr(module, "weight", None)))):
+        if _acting(module) and (shared := tables.get(id(_stored(module)))):
             raise ValueError(f"fold: {name} shares its weight with {shared}, and would not any more; merge it instead")
+    _unround(net)
     merge(model)
     for _, module in adapted(net):
         vars(module).pop("kept", None)
@@ -86,6 +99,11 @@ def fold(model: Any) -> Any:
     del net.adaptation
     net.requires_grad_(True)
     return model
+
+
+def _stored(module: Any) -> Any:
+    """What a module's weight is kept in."""
+    return module.rounded if hasattr(module, "rounded") else getattr(module, "weight", None)
 
 
 def _acting(module: Adapted) -> list[tuple[Adapter, float]]:

@@ -40,7 +40,7 @@ bias""".split()  # noqa: SIM905
 
 def attach(model: Any, folder: Path, name: str) -> Any:
     """Gives a loaded model the adapter in a folder that PEFT wrote; it then acts."""
-    from headway.adapt import adapt, remove
+    from headway.adapt import adapt
 
     if not (folder / FILE).is_file() and (old := folder / "adapter_model.bin").is_file():
         refuse_pickle(old)
@@ -57,11 +57,7 @@ def attach(model: Any, folder: Path, name: str) -> Any:
     adapt(model, method, targets=made.targets, name=name, heads=given, **made.options)
     with torch.no_grad():
         made.fill(name)
-        try:
-            _fill_biases(names, name, biases)
-        except ValueError:
-            remove(model, name)
-            raise
+        _fill_biases(names, name, biases)
         own = names.net.state_dict()
         for ours, tensor in heads.items():
             own[ours].copy_(tensor)
@@ -283,8 +279,12 @@ def _parts(module: Any, name: str) -> list[tuple[str, Any]]:
 
 def save(model: Any, folder: Path, name: str, base: str = "") -> None:
     """Writes one adapter of a loaded model as a folder that PEFT loads, atomically."""
-    net = plain(model)
-    record = known_of(model).records[name]
+    net, known = plain(model), known_of(model)
+    if known.merged:
+        raise ValueError(
+            "save: adapters are merged into the weights: headway.adapt.unmerge(model) before format='peft'"
+        )
+    record = known.records[name]
     if record.method not in METHODS.values():
         raise ValueError(
             f"save: PEFT's format has {', '.join(METHODS.values())}, not {record.method}: format='headway'"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from headway.adapt import _int8
 from headway.adapt._base import Adapter, own_class
 
 
@@ -32,7 +33,7 @@ class Method(Adapter):
 
     @classmethod
     def fits(cls, module: nn.Module, name: str) -> bool:
-        return own_class(module) is nn.Linear
+        return own_class(module) in (nn.Linear, _int8.RoundedLinear)
 
     def around(self, call: Callable[..., Tensor], amount: float, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
         scale = self._whole(amount).to(x.dtype)

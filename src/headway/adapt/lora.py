@@ -129,7 +129,7 @@ class Method(Adapter):
         rows = merged[self._rows]
         changed = rows + self.scale * self.up @ self.down
         if self.length is not None:
-            changed = changed * (self.length / changed.norm(dim=1))[:, None]
+            changed = changed * (self.length / self._lengths())[:, None]  # of the frozen weight, whatever acts beside
         rows += amount * (changed - rows)
         return merged.to(weight.dtype), bias
 

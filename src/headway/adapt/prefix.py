@@ -110,10 +110,10 @@ class Method(Adapter):
             mask = widened(mask, self.length, "prefix") if state is None else mask
         if "cross" in self.parts:
             context_mask = widened(context_mask, self.length, "prefix")
-        states = self._states(state, len(x), pos)
+        states = self._states(state, len(x), pos, x.dtype)
         return call(x, mask=mask, pos=pos, state=states, context=context, context_mask=context_mask)
 
-    def _states(self, given: States | None, rows: int, pos: Tensor) -> States:
+    def _states(self, given: States | None, rows: int, pos: Tensor, dtype: torch.dtype) -> States:
         """The state of each layer with its prefix: around it, or already in it where it is a stream's own."""
         parts: Any = self.parts
         own, over = (iter(parts[name].pairs() if name in parts else ()) for name in SLOTS)
@@ -127,7 +127,7 @@ class Method(Adapter):
                     kept = Prefixed(k, v)
                 elif fresh:
                     at = torch.arange(self.length, device=pos.device).expand(rows, -1)
-                    kept.append(*(t.expand(rows, -1, -1, -1) for t in (k, v)), at, padded=False)  # type: ignore[union-attr]
+                    kept.append(*(t.to(dtype).expand(rows, -1, -1, -1) for t in (k, v)), at, padded=False)  # type: ignore[union-attr]
             if crosses and "cross" in self.parts:
                 k, v = next(over)
                 cross = Prefixed(k, v, cross)

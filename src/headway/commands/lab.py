@@ -22,7 +22,10 @@ def lab(
     only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A claim; again for more of them.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda (default: a GPU where there is one).")] = None,
     mixer: Annotated[
-        list[str] | None, typer.Option(metavar="MODULE[:KEY=VALUE]", help="A mixer of your own joins every table.")
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE[:KEY=VALUE]", help="A mixer of your own joins the tables that have a place for it."
+        ),
     ] = None,
     task: Annotated[list[str] | None, typer.Option(metavar="MODULE[:KEY=VALUE]", help="A task of your own.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of lab.html and lab.json.")] = Path("lab"),

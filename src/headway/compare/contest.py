@@ -60,7 +60,12 @@ def contestants(length: int, heads: int = 1, own: Sequence[dict[str, Any] | str]
         "no mixing": {"name": "identity"},
     }
     titled = [({"name": one} if isinstance(one, str) else one) for one in own]
-    return {**{title: (one,) for title, one in few.items()}, **{one["name"]: (one,) for one in titled}}
+    return {**{title: (one,) for title, one in few.items()}, **{title_of(one): (one,) for one in titled}}
+
+
+def title_of(own: Mapping[str, Any]) -> str:
+    """What a mixer of the user's is called in tables: never as one of ours."""
+    return "yours: " + ":".join([own["name"], *(f"{key}={value}" for key, value in own.items() if key != "name")])
 
 
 GATED = "gated convolution, full length"

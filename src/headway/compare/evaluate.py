@@ -217,13 +217,16 @@ def asked(model: Loaded, task: Task) -> tuple[list[Question], str]:
     filled: Callable[[str, Values], str] = lambda text, row: text.format_map(
         dict(zip(roles, map(str, row), strict=True))
     )
-    common = Counter(filled(task.answer, row) for row in splits.train)
+    answer: Callable[[Values], str] = lambda row: (
+        filled(task.answer, row).strip() if task.score == "generate" else filled(task.answer, row)
+    )
+    common = Counter(map(answer, splits.train))
     listed = task.options or (_listed(common) if task.score == "likelihood" else ())
     shots = [(filled(task.prompt, row), filled(task.answer, row)) for row in _shots(task, splits)]
     found = []
     for number, row in enumerate(rows):
         texts = tuple(filled(one, row) for one in listed)
-        right = filled(task.answer, row).strip() if task.score == "generate" else filled(task.answer, row)
+        right = answer(row)
         if texts and (right not in texts or len(set(texts)) < len(texts)):
             raise ValueError(f"question {number}: the answer {right[:40]!r} has to be one of its options, all of them "
                              f"different: {', '.join(texts)[:80]}")  # fmt: skip

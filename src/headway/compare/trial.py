@@ -112,7 +112,10 @@ def train(trial: Trial, device: torch.device | str = "cpu", tell: Tell = SILENT)
         net: Any = build(trial, task).to(on)
         source = _Source(trial, task, on)
         test = draw(task.held_out(), trial, trial.length, trial.test_rows)
-        kept, state = kept_bytes(net, test.rows(slice(1)).to(on)), state_bytes(net, trial.length)
+        kept, state = (
+            kept_bytes(net, test.rows(slice(1)).to(on)),
+            state_bytes(net, trial.length) if hasattr(net, "init_state") else None,
+        )
         steps, seconds, curve = _fit(net, trial, source, test, on, tell)
     scores = {trial.length: score(net, test, on, trial.rows)}
     for length in trial.tested:

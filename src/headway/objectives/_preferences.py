@@ -136,7 +136,7 @@ def liked(label: Any, text: str) -> bool:
 
 def by_length(train: Sequence[Values], rows: Sequence[Values]) -> dict[str, Any]:
     """How often the shorter answer (or the longer one, whichever was chosen more often in training) was chosen."""
-    shorter = sum(len(chosen) < len(rejected) for _, chosen, rejected in train) * 2 >= len(train)
+    shorter = sum((len(chosen) < len(rejected)) - (len(chosen) > len(rejected)) for _, chosen, rejected in train) >= 0
     right = sum(len(chosen) < len(rejected) if shorter else len(chosen) > len(rejected) for _, chosen, rejected in rows)
     return {"preference_accuracy_baseline": right / max(1, len(rows)),
             "baseline": f"the {'shorter' if shorter else 'longer'} answer"}  # fmt: skip

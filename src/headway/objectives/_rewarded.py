@@ -135,7 +135,7 @@ class Rewarded(Base):
     def reference(self, net: nn.Module) -> Iterator[Policy]:
         """The model as it was before it learned anything here."""
         assert self.start is not None
-        if adaptation_of(net) is not None:
+        if adaptation_of(net) is not None and adaptation_of(self.start.net) is None:
             with bare(net):
                 yield self.policy(net)
         else:
@@ -185,7 +185,7 @@ class Rewarded(Base):
             states = policy.states(batch.ids, batch.valid, ids)
             log_p, values = policy.log_p(states, ids, valid), self.valued(net, states)
         if self.beta:
-            with self.reference(net) as first:
+            with self.reference(net) as first, still(first.net):
                 near = first.log_p(first.states(batch.ids, batch.valid, ids), ids, valid)
         return Experience(
             prompts=batch.ids,
@@ -290,7 +290,8 @@ class Rewarded(Base):
             policy = self.policy(model.net)
             answers = policy.write(batch, Options(temperature=self.temperature, tokens=self.limit))
             said, there = (t.to(model.device) for t in padded(answers, self.pad))
+            own = policy.log_p(policy.states(ids, valid, said), said, there)
             with self.reference(model.net) as start:
-                two = [who.log_p(who.states(ids, valid, said), said, there) for who in (policy, start)]
-            total += float((two[0] - two[1]).sum())
+                first_p = start.log_p(start.states(ids, valid, said), said, there)
+            total += float((own - first_p).sum())
         return total / max(1, len(rows))

@@ -17,6 +17,7 @@ from headway.objectives._rates import score
 from headway.spec import nearest
 
 BUILT_IN = ("per", "match", "format")
+NOT_REWARDS = {*sys.stdlib_module_names, "builtins", "torch", "numpy", "headway"}
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,16 @@ def find(name: str, pattern: str | None = None) -> Reward:
             f"reward '{name}': {module} is not imported, and a recipe never runs code: "
             f"`import {module}` before, or pass --plugin {module}"
         )
+    if module.partition(".")[0] in NOT_REWARDS:
+        raise ValueError(f"reward '{name}': {module} is no module of rewards, and a recipe calls nothing else: name a "
+                         "function of your own")  # fmt: skip
     found = getattr(sys.modules[module], function, None)
     if not callable(found):
         raise ValueError(
             f"reward '{name}': {module} has no function {function}{nearest(function, vars(sys.modules[module]))}"
         )
+    if getattr(found, "__module__", module) != module:
+        raise ValueError(f"reward '{name}': was imported there from {found.__module__}: name a function of {module}")
     taken = list(inspect.signature(found).parameters)
     if len(taken) not in (2, 3):
         raise ValueError(

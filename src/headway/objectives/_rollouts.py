@@ -114,11 +114,12 @@ class Policy:
             memory = seq2seq.Memory(memory.x.repeat_interleave(copies, 0), seen)
             return self.net.states(torch.cat([first, ids[:, :-1]], 1), memory)
         before = [row for row in rows_of(prompts, valid) for _ in range(copies)]
-        both = [row + answer[:-1] for row, answer in zip(before, ids.tolist(), strict=True)]
+        longest = self.player.max_tokens  # what is cut is padding: an answer was written within it
+        both = [(row + answer[:-1])[:longest] for row, answer in zip(before, ids.tolist(), strict=True)]
         read, there = (t.to(ids.device) for t in padded(both, self.player.padding))
         x = self.net(read, None if bool(there.all()) else there)
         last = torch.tensor([len(row) - 1 for row in before], device=ids.device)[:, None]
-        at = last + torch.arange(ids.shape[1], device=ids.device)
+        at = (last + torch.arange(ids.shape[1], device=ids.device)).clamp(max=read.shape[1] - 1)
         return x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
 
     def log_p(

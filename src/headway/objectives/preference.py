@@ -80,7 +80,7 @@ class Objective(Base):
         return UNPAIRED if self.loss == "kto" else PAIRED
 
     def ready(self, tools: Tools) -> None:
-        self.reader.start, self.pad = tools.start, tools.pad
+        self.reader.start, self.pad, self.limit = tools.start, tools.pad, tools.max_tokens
         if tools.start is not None and "lm" not in tools.start.spec.get("heads", {}):
             raise ValueError(f"model.load: a {tools.start.kind} without a head 'lm' cannot write, so it has no "
                              "preferences to learn; objective.name=reward tells how good an answer is")  # fmt: skip
@@ -115,7 +115,8 @@ class Objective(Base):
             chosen, rejected = ([(example[0], example[i]) for example in examples] for i in (1, 2))
             return rows_of(chosen + rejected, self.pad, len(examples))
         own = [(prompt, answer) for prompt, answer, _ in examples]
-        others = [(own[i][0], own[i - 1][1]) for i in range(len(own))] if len(own) > 1 else []
+        room = lambda i: self.limit - len(own[i][0])  # for another row's answer, which was fitted to its own prompt
+        others = [(own[i][0], own[i - 1][1][: max(1, room(i))]) for i in range(len(own))] if len(own) > 1 else []
         good = torch.tensor([bool(label[0]) for *_, label in examples])
         return rows_of(own + others, self.pad, len(examples), good)
 
@@ -138,12 +139,13 @@ class Objective(Base):
     @contextmanager
     def reference(self, net: nn.Module) -> Iterator[nn.Module]:
         """The model as it was before it learned anything here."""
-        if adaptation_of(net) is not None:
+        start = self.reader.start
+        if adaptation_of(net) is not None and (start is None or adaptation_of(start.net) is None):
             with bare(net):
                 yield net
         else:
-            assert self.reader.start is not None
-            yield self.reader.start.net.to(next(net.parameters()).device)
+            assert start is not None
+            yield start.net.to(next(net.parameters()).device)
 
     # what is told at the end
 

@@ -7,6 +7,7 @@ mixer cannot have is refused where it would change every score, and told where i
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -70,8 +71,8 @@ def changed(
             places.append(Place(stack, layer, before, after))
         alike = all(block == blocks[0] for block in blocks)
         spec[stack] = {**spec[stack], "blocks": blocks[:1] if alike else blocks, "repeat": len(blocks) if alike else 1}
-    causal = model.kind == "decoder" or all(place.stack == "decoder" for place in places)
-    return Change(spec, places, exactness(places[0], causal))
+    each = [exactness(place, model.kind == "decoder" or place.stack == "decoder") for place in places]
+    return Change(spec, places, min(each, key=lambda one: math.inf if one.tokens is None else one.tokens))
 
 
 def extended(model: Loaded, context: int | None) -> dict[str, Any]:

@@ -50,10 +50,10 @@ class _Sums:
         for stack, layers in one.layers.items():
             pairs = zip(layers, two.layers[stack], strict=True)
             found = torch.stack([F.cosine_similarity(a.float(), b.float(), dim=-1).sum() for a, b in pairs])
-            self.cosine[stack] = self.cosine.get(stack, 0) + found / layers[0][..., 0].numel()
+            self.cosine[stack] = self.cosine.get(stack, 0) + found * (len(layers[0]) / layers[0][..., 0].numel())
         a, b = (next(iter(seen.layers.values()))[-1].float().mean(1) for seen in (one, two))
-        self.vector += float(F.cosine_similarity(a, b, dim=-1).mean())
-        self.rows += 1
+        self.vector += float(F.cosine_similarity(a, b, dim=-1).sum())
+        self.rows += len(a)
         at = 0
         for told, mine in zip(one.logits(), two.logits(), strict=True):
             self.kl += float(divergence(mine, told, 1.0))

@@ -1,7 +1,7 @@
 """Heal: a short distillation of a swapped model from the original (1503.02531).
 
 Least of KL(p || p') + mean over layers of 1 - cos(h_l, h'_l), over the user's own text. Only what the swap changed is
-trained: the mixers that are new, and positions that were extended. Everything else stays the original's, bit for bit.
+trained: the mixers that are new, and tables of positions that were extended. Everything else stays bit for bit.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ def heal(
     spec = OptimizerSpec(name="adamw", lr=lr, warmup=min(20, steps // 10), betas=(0.9, 0.98), weight_decay=0.0)
     net = swapped.net
     wanted = {name: p for name, p in net.named_parameters() if name in touched}
+    if not wanted:
+        raise ValueError("heal: what was put in has no weights that could be trained: leave heal out")
     before = {name: p.detach().clone() for name, p in wanted.items()}
     kept = {name: p.requires_grad for name, p in net.named_parameters()}
     for name, parameter in net.named_parameters():

@@ -66,6 +66,8 @@ def _drifts(done: Swapped, wishes: Wishes, watch: Watch, record: dict[str, Any])
     """Drift at each length, before and after healing at the last."""
     every = _rows(done, wishes)
     found = [{"before": msgspec.to_builtins(done.drift(held, watch))} for _, held in every]
+    if wishes.heal and not every:
+        raise ValueError("swap: pictures to heal on are missing: name a folder of them with --data")
     if wishes.heal:
         train = every[-1][0]
         if train is None or not len(train):

@@ -11,6 +11,8 @@ from typing import Any
 import msgspec
 
 from headway import hub, objectives
+from headway.adapt._base import adaptation_of
+from headway.adapt._hash import base_hash
 from headway.data.batches import Order
 from headway.data.examples import Examples
 from headway.data.rows import Rows
@@ -67,7 +69,10 @@ def prepare(recipe: Recipe) -> Prepared:
             )
     order = lambda examples: objective.order(examples, **_room(recipe))
     every, whole = max(1, len(valid) // VALID_ROWS), order(valid)
-    record = msgspec.json.encode([recipe.objective, tools.labels, train.fingerprint(), valid.fingerprint()])
+    held = [recipe.objective, tools.labels, train.fingerprint(), valid.fingerprint()]
+    if tools.start is not None and (recipe.adapt or adaptation_of(tools.start.net) is not None):
+        held.append(base_hash(tools.start.net))  # checkpoints hold adapters alone, which belong to these weights
+    record = msgspec.json.encode(held)
     return Prepared(
         splits,
         objective,

@@ -166,7 +166,7 @@ class Trainer:
         norm = float(full(nn.utils.clip_grad_norm_(self.model.parameters(), self.optimizer.clip)))
         value = plain / count
         self._check(value, norm, batches)
-        rate = self.optimizers[0].param_groups[0]["lr"]
+        rate = max(group["lr"] for group in self.optimizers[0].param_groups)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -61,6 +61,9 @@ def network(spec: dict[str, Any], tools: Tools) -> nn.Module:
     new = _new(spec, tools.start)
     net = hub.load(spec["load"], device="cpu", heads=new).net if new else copy.deepcopy(tools.start.net)
     if "adapt" in spec:
+        if adaptation_of(net) is not None:
+            raise ValueError("adapt: model.load is adapted already, and a new adapter would switch that one off: leave "
+                             "adapt out to train it on, or save headway.adapt.fold(model) first")  # fmt: skip
         _adapt(net, dict(spec["adapt"]), tuple(new))
         net.adaptation.source = spec["load"]
     _freeze(net, spec.get("freeze", ()))

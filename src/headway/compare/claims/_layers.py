@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from headway import mixers
 from headway.attend import forced
 from headway.block import Stack
+from headway.compare.contest import title_of
 from headway.mask import Mask
 from headway.mixers import Mixer
 from headway.positions import build_positions, positions_of
@@ -115,7 +116,7 @@ def formed(whole: bool) -> Iterator[None]:
 
 def own(found: Sequence[Named]) -> Mapping[str, Named]:
     """The user's mixers by title."""
-    return {one["name"]: one for one in found}
+    return {title_of(one): one for one in found}
 
 
 def power(letter: str, exponent: float) -> str:

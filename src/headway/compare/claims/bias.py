@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from headway.compare import tasks
 from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Line, Plot, Row, Table
 from headway.compare.claims._trials import hold, settings
 from headway.compare.contest import RATES, Entry
@@ -58,8 +59,8 @@ def measure(how: How) -> Found:
     }
     entries = hold(how, wanted)
     of = lambda task, name, size: entries[f"{task}, {name}, {size} examples"]
-    won = [task for task, (_, own) in TASKS.items() if wins({n: of(task, n, decisive(entries, task, sizes))
-                                                            for n in MIXERS}, own)]  # fmt: skip
+    won = [task for task, (_, own) in TASKS.items() if (size := decisive(entries, task, sizes)) is not None
+           and wins({n: of(task, n, size) for n in MIXERS}, own)]  # fmt: skip
     rows: tuple[Row, ...] = tuple(
         (task, name, *(round(percent(of(task, name, size)), 1) for size in sizes)) for task in TASKS for name in MIXERS
     )
@@ -92,13 +93,14 @@ def percent(entry: Entry) -> float:
     return 100 * entry.outcome.accuracy[entry.trial.length]
 
 
-def decisive(entries: dict[str, Entry], task: str, sizes: tuple[int, ...]) -> int:
-    """The fewest examples with which anybody learned anything: half of the way from the worst to all right."""
+def decisive(entries: dict[str, Entry], task: str, sizes: tuple[int, ...]) -> int | None:
+    """The fewest examples with which anybody learned half of the way from chance to all right; None: nobody did."""
     for size in sizes:
-        found = [percent(entries[f"{task}, {name}, {size} examples"]) for name in MIXERS]
-        if max(found) >= (min(found) + 100) / 2:
+        asked = [entries[f"{task}, {name}, {size} examples"] for name in MIXERS]
+        chance = 100 * tasks.build(TASKS[task][0]).chance(asked[0].trial.length)
+        if max(map(percent, asked)) >= (chance + 100) / 2:
             return size
-    return sizes[-1]
+    return None
 
 
 def wins(entries: dict[str, Entry], own: str) -> bool:

@@ -28,7 +28,7 @@ def measure(how: How) -> Found:
     length = 64
     chosen = contest.contestants(length, own=how.mixers)
     if how.quick:
-        own = {one["name"] for one in how.mixers}
+        own = {contest.title_of(one) for one in how.mixers}
         chosen = {name: one for name, one in chosen.items() if name in ("attention", "GRU", GATED, *own)}
     kinds = ("copying", "selective_copying")
     found: dict[str, dict[str, Entry]] = {}

@@ -56,7 +56,7 @@ def measure(how: How) -> Found:
     least = sizes[0]
     leads = {kind: mean["ConvNet", kind, least] - mean["ViT", kind, least] for kind in kinds}
     error = 100 * (2 * 0.25 / (TESTED * seeds)) ** 0.5
-    parts = (leads[kinds[0]] > SURE * error, leads[SHUFFLED] <= leads[kinds[0]] / 2)
+    parts = (leads[kinds[0]] > SURE * error, leads[kinds[0]] > 0 and leads[SHUFFLED] <= leads[kinds[0]] / 2)
     rows: tuple[Row, ...] = tuple(
         (name, kind, *(round(mean[name, kind, n], 1) for n in sizes)) for name in MODELS for kind in kinds
     )

@@ -27,7 +27,7 @@ def measure(how: How) -> Found:
     tested = (2 * length, 4 * length)
     chosen = contest.contestants(length, own=how.mixers)
     if how.quick:
-        own = {one["name"] for one in how.mixers}
+        own = {contest.title_of(one) for one in how.mixers}
         chosen = {name: one for name, one in chosen.items() if name in ("attention", "GRU", *own)}
     base = Trial(
         task={"name": "induction"},

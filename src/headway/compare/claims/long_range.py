@@ -39,7 +39,7 @@ def measure(how: How) -> Found:
     for i, (task, length, more) in enumerate(runs):
         chosen = contest.contestants(length, heads=2, own=how.mixers)
         if how.quick:
-            own = {one["name"] for one in how.mixers}
+            own = {contest.title_of(one) for one in how.mixers}
             chosen = {name: one for name, one in chosen.items() if name in {*FEW, *own} or name.startswith(BEGIN)}
         base = Trial(task=task, mixers=({"name": "identity"},), length=length, hidden=128, optimizer=RATES,
                      seed=how.seed, enough=None)  # fmt: skip

@@ -51,7 +51,7 @@ def measure(how: How) -> Found:
     spread = {f"{i},1": (round(min(seen), 1), round(max(seen), 1)) for i, seen in enumerate(found.values())}
     held = [n for n in pairs if min(found[f"attention, width 64, {n} tokens"]) >= SOLVED
             and max(found[f"{GATED}, width 64, {n} tokens"]) <= SHORT]  # fmt: skip
-    verdict = HOLDS if len(held) == len(pairs) else PARTLY if held else FAILS
+    verdict = HOLDS if len(held) == len(pairs) else PARTLY if held and held == list(pairs)[: len(held)] else FAILS
     theirs = published({"name": "mqar"})
     assert theirs is not None
     return Found(

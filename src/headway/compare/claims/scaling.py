@@ -17,8 +17,8 @@ TITLE = "Scaling with size and data"
 SAID = "A Transformer gains most from more parameters and more data; an RNN struggles; a CNN is in between."
 METHOD = "Three sizes of each learn to tell the next byte of real text; a power law is fitted to the loss held out."
 RULE = (
-    "It holds where the loss of the Transformer falls with a greater exponent than the RNN's, in parameters and in "
-    "tokens; in part, in one."
+    "It holds where the loss of the Transformer falls with a greater exponent than the RNN's, by more than twice the "
+    "error of the fits, in parameters and in tokens; in part, in one."
 )
 SECONDS = (25.0, 400.0)
 MIXERS: dict[str, dict[str, Any]] = {
@@ -55,7 +55,8 @@ def measure(how: How) -> Found:
     by_size = {name: by_parameters(each) for name, each in found.items()}
     by_data = {name: by_tokens(each[-1]) for name, each in found.items()}
     fits = {name: (exponent(by_size[name]), exponent(by_data[name])) for name in MIXERS}
-    ahead = [i for i in (0, 1) if fits["Transformer"][i] > fits["RNN (GRU)"][i]]
+    both = [[growth.fit(each[name]) for name in ("Transformer", "RNN (GRU)")] for each in (by_size, by_data)]
+    ahead = [i for i, (ours, theirs) in enumerate(both) if steeper(ours, theirs)]
     table: tuple[Row, ...] = tuple(
         (name, *(round(bits, 3) for bits in by_size[name].values()), round(fits[name][0], 3), round(fits[name][1], 3))
         for name in MIXERS
@@ -86,6 +87,13 @@ def by_tokens(entry: Entry) -> dict[int, float]:
     step = entry.trial.rows * entry.trial.length
     seen = {at * step: loss / math.log(2) for at, _, loss in entry.outcome.curve}
     return {**seen, entry.outcome.steps * step: entry.outcome.loss / math.log(2)}
+
+
+def steeper(ours: growth.Fit | None, theirs: growth.Fit | None) -> bool:
+    """Whether a loss surely falls faster; exponents of losses are below zero."""
+    if ours is None or theirs is None:
+        return False
+    return ours.exponent + 2 * (ours.error or 0.0) < theirs.exponent - 2 * (theirs.error or 0.0)
 
 
 def exponent(losses: dict[int, float]) -> float:

@@ -74,12 +74,13 @@ def axis(values: Sequence[float], log: bool, start: float, end: float, room: flo
     if log:
         pad = (high / low) ** room if high > low else 1.5
         scale = Scale(low / pad, high * pad, start, end, log=True)
-        marked = list(values) if len(values) <= LABELLED else decades(scale.low, scale.high)
+        marked = list(values) if len(values) <= LABELLED else decades(scale.low, scale.high) or [low, high]
     else:
         share = low >= 0 and high <= 1 and high > 0.2  # of a whole: its ends mean something
         spread = high - low or abs(high) or 1.0
         bottom = max(low - room * spread, 0.0) if low >= 0 else low - room * spread
-        marked = ticks(0.0, 1.0) if share else ticks(bottom, high + room * spread)
+        top = max(high + room * spread, bottom + spread)  # also where all are one value
+        marked = ticks(0.0, 1.0) if share else ticks(bottom, top)
         scale = Scale(marked[0], marked[-1], start, end)
     every = math.ceil(len(marked) / LABELLED)
     return scale, [Tick(scale(v), said(v)) for v in marked[::every]]

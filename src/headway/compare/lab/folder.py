@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from headway import machine
 from headway.compare import claims
 from headway.compare.claims import How
@@ -34,7 +36,7 @@ class Folder:
         self.out = out
         self.records: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, dict[str, Any]] = {}
-        self.of = {**settings_of(how), **machine.versions(), **machine.hardware()}
+        self.of = {**settings_of(how), "threads": torch.get_num_threads(), **machine.versions(), **machine.hardware()}
         files = sorted((out / "claims").glob("*.json"))
         if not resume and (files or (out / "trials.json").exists()):
             raise ValueError(f"{out}: holds an earlier run ({len(files)} claims): add --resume, or name another --out")

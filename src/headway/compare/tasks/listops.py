@@ -21,6 +21,7 @@ OPERATORS = ("MIN", "MAX", "MED", "SM")
 CLOSE, DIGIT = 1, 2  # ids: padding, the closing bracket, ten digits, four operators
 OPERATOR = DIGIT + 10
 DIGITS = 0.75  # the share of nodes that are a digit
+TRIES = 1_000_000  # expressions that are drawn, until one has the wanted length
 SAMPLED = 500  # rows that tell how common the commonest answer is
 
 
@@ -80,11 +81,13 @@ class Listops(Task, frozen=True):
 
     def tree(self, draw: plain.Random, least: int, most: int) -> tuple[list[int], int]:
         """Ids of an expression of `least` to `most` tokens, and its value."""
-        while True:
+        for _ in range(TRIES):
             tokens: list[int] = []
             found = self._grow(draw.random, tokens, most)
             if found is not None and len(tokens) >= least:
                 return tokens, found
+        raise ValueError(f"listops: no tree of depth {self.depth} and {self.arguments} arguments has {least} to {most} "
+                         "tokens: raise them, or take shorter rows")  # fmt: skip
 
     def _grow(self, drawn: Callable[[], float], tokens: list[int], most: int) -> int | None:
         """Writes one expression into `tokens` and gives its value; None where it needs more than `most` tokens."""

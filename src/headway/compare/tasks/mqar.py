@@ -53,6 +53,7 @@ class Mqar(Task, frozen=True):
         # the largest of log(p) + Gumbel noise are a draw by p without replacement
         noisy = np.log(law / law.sum()) + random.gumbel(size=(rows, slots))
         at = 2 * self.pairs + 2 * (-noisy).argsort(1)[:, : self.pairs]
+        at = random.permuted(at, axis=1)  # drawn so, the first has the likeliest place: whose it is would be told
         np.put_along_axis(ids, at, keys, 1)
         np.put_along_axis(targets, at, values, 1)
         return at_tokens(ids, targets, targets > 0)
