@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import RESULTS, save
+from nanogpt import NanoGPT
 from torch import Tensor, nn
 
 import headway
@@ -34,40 +35,6 @@ from headway.train.data import Prepared, prepare
 # nanoGPT's README, "I only have a macbook": train_shakespeare_char on a CPU; there for 2,000 steps
 LAYERS, HEADS, WIDTH, BLOCK, ROWS = 4, 4, 128, 64, 12
 RATE, LEAST, WARMUP, BETAS, DECAY, CLIP, EVERY = 1e-3, 1e-4, 100, (0.9, 0.99), 0.1, 1.0, 250
-
-
-class Plain(nn.Module):
-    """nanoGPT's model, written anew: pre-norm, GELU, learned positions, tied head, no biases, no dropout."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
-            self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-            self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            b, t, c = x.shape
-            q, k, v = (z.view(b, t, HEADS, c // HEADS).transpose(1, 2) for z in self.qkv(self.first(x)).split(c, 2))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.out(y.transpose(1, 2).reshape(b, t, c))
-            return x + self.down(F.gelu(self.up(self.second(x))))
-
-    def __init__(self, vocab: int) -> None:
-        super().__init__()
-        self.table, self.places = nn.Embedding(vocab, WIDTH), nn.Embedding(BLOCK, WIDTH)
-        self.blocks = nn.ModuleList(Plain.Block() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH, bias=False)
-        for name, p in self.named_parameters():
-            if p.ndim > 1:
-                deep = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * LAYERS) if deep else 0.02)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.table(ids) + self.places(torch.arange(ids.shape[1]))
-        for block in self.blocks:
-            x = block(x)
-        return F.linear(self.norm(x), self.table.weight)
 
 
 @dataclass(frozen=True)
@@ -99,7 +66,7 @@ def texts(prepared: Prepared, tokens: bool) -> Texts:
 
 
 @torch.no_grad()
-def nats(model: Plain, ids: Tensor) -> float:
+def nats(model: NanoGPT, ids: Tensor) -> float:
     """-log p of each number but the first, summed; in windows that overlap by half, so that each sees half a window."""
     half, total = BLOCK // 2, 0.0
     starts = list(range(0, len(ids) - 1, half))
@@ -118,7 +85,7 @@ def nats(model: Plain, ids: Tensor) -> float:
 def theirs(data: Texts, seconds: float) -> dict[str, Any]:
     """Random windows, AdamW, cosine by the share of the time that is spent; the best weights by the validation text."""
     torch.manual_seed(1337)
-    model = Plain(data.vocab)
+    model = NanoGPT(data.vocab, BLOCK, WIDTH, LAYERS, HEADS)
     matrices, rest = ([p for p in model.parameters() if (p.ndim > 1) == big] for big in (True, False))
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, RATE, BETAS, fused=True)
@@ -138,7 +105,7 @@ def theirs(data: Texts, seconds: float) -> dict[str, Any]:
         step, spent = step + 1, spent + time.perf_counter() - began
         if step % EVERY == 0 or spent >= seconds:
             value = nats(model, data.valid) / len(data.valid)
-            curve.append({"step": step, "seconds": round(spent, 2), "loss": float(loss), "valid_loss": value})
+            curve.append({"step": step, "seconds": round(spent, 2), "loss": float(loss.detach()), "valid_loss": value})
             if value < best:
                 best, kept = value, copy.deepcopy(model.state_dict())
     model.load_state_dict(kept)

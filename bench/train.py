@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import RESULTS, interleave, save, spread
+from nanogpt import NanoGPT
 from sides import minilm, prose
 from torch import Tensor, nn
 
@@ -80,36 +81,6 @@ def decoder(folder: Path, **changed: Any) -> dict[str, Any]:
 # --- peers
 
 
-class Plain(nn.Module):
-    """nanoGPT's model, written anew: pre-norm, learned positions, tied head, no biases, fused attention."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.LayerNorm(WIDTH, bias=False), nn.LayerNorm(WIDTH, bias=False)
-            self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-            self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            b, t, c = x.shape
-            q, k, v = (z.view(b, t, HEADS, c // HEADS).transpose(1, 2) for z in self.qkv(self.first(x)).split(c, 2))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.out(y.transpose(1, 2).reshape(b, t, c))
-            return x + self.down(F.gelu(self.up(self.second(x))))
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.places = nn.Embedding(VOCAB, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.ModuleList(Plain.Block() for _ in range(LAYERS))
-        self.norm = nn.LayerNorm(WIDTH, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.table(ids) + self.places(torch.arange(ids.shape[1]))
-        for block in self.blocks:
-            x = block(x)
-        return F.linear(self.norm(x), self.table.weight)
-
-
 def theirs() -> dict[str, Callable[[], tuple[nn.Module, Callable[[Tensor], Tensor]]]]:
     """Each peer's model, and its logits."""
 
@@ -131,7 +102,7 @@ def theirs() -> dict[str, Callable[[], tuple[nn.Module, Callable[[Tensor], Tenso
         return model, model
 
     def plain_side() -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-        model = Plain()
+        model = NanoGPT(VOCAB, CONTEXT, WIDTH, LAYERS, HEADS)
         return model, model
 
     return {"transformers": transformers_side, "x-transformers": x_transformers_side, "plain PyTorch": plain_side}

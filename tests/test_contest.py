@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import torch
 
-from headway.compare import claims, contest, published, tasks, trial
+from headway.compare import claims, contest, growth, published, tasks, trial
 from headway.compare.claims import How, _trials, bias, blends, efficient, encoder_decoder, fewer_pictures, long_range
 from headway.compare.claims import scaling as scaling_claim
 from headway.compare.contest import Entry
@@ -182,7 +182,7 @@ def test_a_recurrence_takes_induction_to_longer_rows_and_attention_does_not() ->
 
 
 def test_a_known_exponent_is_found() -> None:
-    assert scaling_claim.exponent({n: 3.0 * n**-0.2 for n in (100, 1000, 10_000)}) == pytest.approx(0.2)
+    assert scaling_claim.exponent(growth.fit({n: 3.0 * n**-0.2 for n in (100, 1000, 10_000)})) == pytest.approx(0.2)
 
 
 def test_a_published_setting_is_one_command(

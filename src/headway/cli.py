@@ -5,7 +5,6 @@ PyTorch loads inside the commands, so that `headway --help` answers at once.
 
 from __future__ import annotations
 
-import importlib
 import os
 import shlex
 import sys
@@ -52,7 +51,7 @@ def compare(
     plugin: Plugin = None,
 ) -> None:
     """Train every model of a recipe under one equal budget; write results.json, report.html and the models."""
-    _import(plugin)
+    commands.plug_in(plugin)
     _compare(recipe, out, resume, overwrite, set, _command("compare", recipe, set, out, plugin))
 
 
@@ -69,7 +68,7 @@ def train(
     if recipe is None:
         _explain_training()
         return
-    _import(plugin)
+    commands.plug_in(plugin)
     import headway
     from headway.display import summary
     from headway.recipe import read
@@ -94,7 +93,7 @@ def run(
     plugin: Plugin = None,
 ) -> None:
     """Use a trained model: one answer a line, as they come. Several inputs are told apart by a tab."""
-    _import(plugin)
+    commands.plug_in(plugin)
     from headway.hub import load
 
     loaded = load(model)
@@ -129,7 +128,7 @@ def cost(
     plugin: Plugin = None,
 ) -> None:
     """Measure time and memory of every mixer and kernel by length here, and from where each beats full attention."""
-    _import(plugin)
+    commands.plug_in(plugin)
     from headway.compare.cost import check_writable, measure, save
     from headway.compare.cost_subjects import entries_of, lengths_of
     from headway.display import CostLive, cost_summary
@@ -243,19 +242,6 @@ def _warn_of_unknown(loaded: Loaded, texts: list[str]) -> None:
     for text in texts:
         if unknown := loaded.unknown(text):
             typer.echo(f"headway: '{text}' has {', '.join(map(repr, unknown))}, which the model never saw", err=True)
-
-
-def _import(modules: list[str] | None) -> None:
-    """The one way to code from outside: because the user says so on the command line, never because a file does."""
-    for module in modules or []:
-        if "" not in sys.path:
-            sys.path.append("")  # the folder one stands in, behind what is installed
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise ValueError(
-                f"--plugin {module}: cannot import it ({error}); run where `import {module}` works"
-            ) from None
 
 
 def _explain_training() -> None:

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -389,14 +388,5 @@ def build(
     """A published checkpoint's model, filled tensor by tensor."""
     _check_dtype(found.facts, how.dtype, where)
     spec = _with_heads(found.spec, how.heads)
-    net = _filled(spec, weights, rules_for(found, weights), where, how)
+    net = _filled(spec, weights, found.rules_for(weights), where, how)
     return Loaded(net, spec, tokenizer, facts=found.facts, image=image)
-
-
-def rules_for(found: Published, names: Collection[str]) -> list[Rule]:
-    """The rules, with the prefix left out where a file of the bare model leaves it out."""
-    rules = [Rule((), (name,)) for name in names if any(fnmatchcase(name, pattern) for pattern in found.ignore)]
-    if not found.prefix or any(name.startswith(found.prefix) for name in names):
-        return found.rules + rules
-    short = lambda rule: rule._replace(theirs=tuple(name.removeprefix(found.prefix) for name in rule.theirs))
-    return [short(rule) for rule in found.rules] + rules

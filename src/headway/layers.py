@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -108,9 +108,12 @@ class Dropout(nn.Module):
         return x * ((drawn >= dropped) * (256 / (256 - dropped))).to(x.dtype)
 
 
-def residual_output(linear: Any) -> Any:
+M = TypeVar("M", bound=nn.Module)
+
+
+def residual_output(linear: M) -> M:
     """Marks the last map of a residual branch, which starts smaller (see `initialise`)."""
-    linear.is_residual_output = True
+    linear.is_residual_output = True  # type: ignore[assignment]
     return linear
 
 

@@ -8,7 +8,8 @@ import os
 import platform
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,21 @@ def free_memory(on: torch.device) -> int | None:
         return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
+
+
+@contextmanager
+def kept_for_the_way_back(own: Iterable[torch.Tensor]) -> Iterator[dict[int, int]]:
+    """Bytes of each memory that autograd keeps of what runs inside, by where it lies; what is `own` is left out."""
+    left_out = {t.untyped_storage().data_ptr() for t in own}
+    kept: dict[int, int] = {}
+
+    def keep(t: torch.Tensor) -> torch.Tensor:
+        if (at := t.untyped_storage().data_ptr()) not in left_out:
+            kept[at] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        yield kept
 
 
 class Peak:

@@ -124,6 +124,24 @@ def number(value: Any) -> Any:
     return value
 
 
+def named(text: str, shown: str, form: str) -> dict[str, Any]:
+    """`NAME:OPTION=VALUE:OPTION=VALUE`, or with commas, as {"name": NAME, OPTION: VALUE}; a list is written [512,0].
+    For a message: `shown` is what was given, `form` how it is written."""
+    import yaml
+
+    name, *assignments = re.split(r"[,:](?![^\[]*\])", text)
+    found: dict[str, Any] = {"name": name.strip()}
+    for assignment in assignments:
+        key, sign, value = assignment.partition("=")
+        if not sign or not key.strip():
+            raise ValueError(f"{shown}: write {form}")
+        try:
+            found[key.strip()] = number(yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise ValueError(f"{shown}: {value} is no value; a list is written [512,0]") from None
+    return found
+
+
 def nearest(word: str, words: Any) -> str:
     """`; did you mean 'x'?` where one of `words` is near, else a list of what there is."""
     words = sorted(words)

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headway import mixers
 from headway.attend import forced, listening
+from headway.machine import kept_for_the_way_back
 from headway.mask import Mask
 from headway.mixers import Cost
 from headway.positions import build_positions, positions_of
@@ -294,21 +295,10 @@ def activations_are_as_stated(s: Subject) -> None:
     length = 64  # long enough for the growth to show
     for mask, context in s.uses(plain=True):
         context = None if context is None else s.tokens(1, length)
-        kept: dict[int, int] = {}
-        own = {p.untyped_storage().data_ptr() for p in [*s.mixer.parameters(), *s.mixer.buffers()]}
-
-        def keep(t: Tensor, kept: dict[int, int] = kept, own: set[int] = own) -> Tensor:
-            if t.untyped_storage().data_ptr() not in own:
-                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
         x = s.tokens(1, length).requires_grad_()
         blind = torch.backends.mkldnn.flags(enabled=False)  # the plain forms, as above
-        with (
-            warnings.catch_warnings(action="ignore"),
-            blind,
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t),
-        ):
+        own = [*s.mixer.parameters(), *s.mixer.buffers()]
+        with warnings.catch_warnings(action="ignore"), blind, kept_for_the_way_back(own) as kept:
             y = s(x, mask, context=context)
         assert y.requires_grad, "the output has no gradient"
         held, stated = sum(kept.values()), s.cost(length, mask, None if context is None else length).activation_bytes

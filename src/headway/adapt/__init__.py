@@ -28,6 +28,7 @@ from headway.adapt._base import (
     network_of,
     plain,
     put,
+    refuse_merged,
     state,
     take,
 )
@@ -107,8 +108,7 @@ def use(
     for name in {*given, *(row for row in rows or () if row is not None)}:
         if name not in known.records:
             raise ValueError(f"this model has no adapter '{name}'{nearest(name, known.records)}")
-    if known.merged:
-        raise ValueError("adapters are merged into the weights: headway.adapt.unmerge(model) before others can act")
+    refuse_merged(known, "before others can act")
     _check_rows(network_of(model), set(rows or ()))
     _check_alone(network_of(model), given)
     known.choose(given, None if rows is None else tuple(rows))
@@ -118,8 +118,7 @@ def use(
 def bare(model: Any) -> Iterator[None]:
     """No adapter acts inside the block: the model is what it was before, to the bit; new heads stay as they are."""
     known = known_of(model)
-    if known.merged:
-        raise ValueError("adapters are merged into the weights: headway.adapt.unmerge(model) to have the bare model")
+    refuse_merged(known, "to have the bare model")
     known.off += 1
     try:
         yield
@@ -132,8 +131,7 @@ def remove(model: Any, name: str) -> None:
     known = known_of(model)
     if name not in known.records:
         raise ValueError(f"this model has no adapter '{name}'{nearest(name, known.records)}")
-    if known.merged:
-        raise ValueError("adapters are merged into the weights: headway.adapt.unmerge(model) before removing one")
+    refuse_merged(known, "before removing one")
     for _, module in adapted(network_of(model)):
         take(module, name)
     del known.records[name]
@@ -176,8 +174,7 @@ def _check(net: Any, known: Adaptation, name: str, heads: Sequence[str], quantiz
         raise ValueError(f"adapt: quantize is int8 or nothing, not {quantize!r}")
     if quantize and known.records and known.quantize is None:
         raise ValueError("adapt: quantize= rounds a base that no adapter stands on yet; remove the others first")
-    if known.merged:
-        raise ValueError("adapters are merged into the weights: headway.adapt.unmerge(model) before adding one")
+    refuse_merged(known, "before adding one")
     there = list(getattr(net, "heads", {}))
     for head in heads:
         if head not in there:

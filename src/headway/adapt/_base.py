@@ -229,6 +229,12 @@ def known_of(model: Any) -> Adaptation:
     return known
 
 
+def refuse_merged(known: Adaptation, before: str) -> None:
+    """Adapters that the weights hold can be neither chosen nor changed."""
+    if known.merged:
+        raise ValueError(f"adapters are merged into the weights: headway.adapt.unmerge(model) {before}")
+
+
 def refuse_rows(net: nn.Module) -> None:
     """For who orders the rows of batches anew, or lets some leave: adapters chosen row by row would be others'."""
     known = adaptation_of(net)

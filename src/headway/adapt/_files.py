@@ -13,7 +13,7 @@ import msgspec
 from torch import Tensor
 
 from headway import __version__
-from headway.adapt._base import INSIDE, known_of, plain, state
+from headway.adapt._base import INSIDE, adaptation_of, known_of, plain, state
 from headway.adapt._hash import base_hash
 from headway.spec import Strict, convert
 from headway.store import read_folder, write_folder
@@ -127,7 +127,7 @@ def attach(model: M, folder: str | Path, *, name: str | None = None, quantize: s
 @contextmanager
 def undone(model: Any, name: str) -> Iterator[None]:
     """Where attaching an adapter fails, others act again as they did, and the same parameters train."""
-    from headway.adapt import adaptation_of, remove
+    from headway.adapt import remove
 
     net = plain(model)
     known = adaptation_of(net)
@@ -160,8 +160,6 @@ def rebuild(folder: Path, load: Callable[[str, dict[str, Any] | None], Any]) -> 
 
 def check_base(model: Any, expected: str, where: Path) -> None:
     """Refuses an adapter that was learned upon other weights."""
-    from headway.adapt import adaptation_of
-
     net = plain(model)
     known = adaptation_of(net)
     found = known.base if known is not None and known.base else base_hash(net)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headway.adapt import _peft_lora as lora
-from headway.adapt._base import Record, adapted, known_of, plain
+from headway.adapt._base import Record, adapted, known_of, plain, refuse_merged
 from headway.adapt._peft_names import TASKS, Names, Piece, Run, is_linear
 from headway.adapt._targets import WHOLE, Place, find, places
 from headway.families import Config
@@ -280,10 +280,7 @@ def _parts(module: Any, name: str) -> list[tuple[str, Any]]:
 def save(model: Any, folder: Path, name: str, base: str = "") -> None:
     """Writes one adapter of a loaded model as a folder that PEFT loads, atomically."""
     net, known = plain(model), known_of(model)
-    if known.merged:
-        raise ValueError(
-            "save: adapters are merged into the weights: headway.adapt.unmerge(model) before format='peft'"
-        )
+    refuse_merged(known, "before format='peft'")
     record = known.records[name]
     if record.method not in METHODS.values():
         raise ValueError(

@@ -48,7 +48,7 @@ def places(net: nn.Module, fits: Callable[[nn.Module, str], bool]) -> Iterator[P
     for name, module in net.named_modules():
         if not name or ".adapters." in f".{name}." or not fits(module, name):
             continue
-        shown = ".".join(piece for piece in name.split(".") if piece != "inner")
+        shown = _shown(name)
         yield Place(name, module, shown=shown)
         stem, dot, leaf = shown.rpartition(".")
         parts = ("key", "value") if leaf == "key_value" else ("gate", "up") if id(module) in gated else ()
@@ -80,8 +80,12 @@ def meant(net: nn.Module, patterns: Sequence[str], fits: Callable[[nn.Module, st
 
 def matches(pattern: str, name: str) -> bool:
     """Whether a pattern means a name of a module or parameter."""
-    shown = ".".join(piece for piece in name.split(".") if piece != "inner")
-    return any(_means(one, shown) for one in expand(pattern))
+    return any(_means(one, _shown(name)) for one in expand(pattern))
+
+
+def _shown(name: str) -> str:
+    """A name as patterns are held against it."""
+    return ".".join(piece for piece in name.split(".") if piece != "inner")
 
 
 def _means(pattern: str, shown: str) -> bool:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headway.commands.use import Dtype, Quantize
+
 if TYPE_CHECKING:
     from headway.compare.evaluate import Question
 
@@ -17,8 +19,8 @@ def evaluate(
     set: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key of it.")] = None,
     show: Annotated[int, typer.Option(min=0, help="Print so many prompts exactly as they are sent.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Prompts that go together.")] = 8,
-    quantize: Annotated[str | None, typer.Option(help="int8: faster and smaller, nearly as good.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    quantize: Quantize = None,
+    dtype: Dtype = "float32",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write figures and answers to a file.")] = None,
 ) -> None:
     """Measure what a model does when it is only prompted, with no example or a few: accuracy beside guessing."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from headway.commands import plug_in
 
 if TYPE_CHECKING:
     from headway.compare.lab import Watch
@@ -56,27 +56,12 @@ COMMANDS = [lab]
 
 def _named(option: str, text: str) -> dict[str, Any]:
     """`my.module:key=value` as {"name": ..., key: value}; a module is imported because the user names it here."""
-    import yaml
+    from headway.spec import named
 
-    module, *assignments = text.split(":")
-    named: dict[str, Any] = {"name": module}
-    for assignment in assignments:
-        key, sign, value = assignment.partition("=")
-        if not sign or not key:
-            raise ValueError(f"{option} {text}: write MODULE:KEY=VALUE, as in my.mixer:heads=4")
-        try:
-            named[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"{option} {text}: {value} is no value; a list is written [512,0]") from None
-    if "." not in module:
-        return named
-    if "" not in sys.path:
-        sys.path.append("")  # the folder one stands in, behind what is installed
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"{option} {module}: cannot import it ({error}); run where `import {module}` works") from None
-    return named
+    found = named(text, f"{option} {text}", "MODULE:KEY=VALUE, as in my.mixer:heads=4")
+    if "." in found["name"]:
+        plug_in([found["name"]], option)
+    return found
 
 
 @contextmanager

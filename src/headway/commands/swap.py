@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headway.commands import plug_in
 from headway.commands.use import Dtype, Model
 
 if TYPE_CHECKING:
@@ -52,8 +50,7 @@ def swap(
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: is there already and not empty: remove it, or name another folder")
     check_writable(json_file)
-    for module in plugin or []:
-        _import(module)
+    plug_in(plugin)
     wishes = Wishes(
         mixer=mixer, layers=layers, context=context, data=data, field=field, heal=heal, lr=lr, length=length,
         lengths=tuple(lengths_of(lengths)) if lengths else (), seconds=seconds,
@@ -61,11 +58,10 @@ def swap(
     try:
         with _live() as watch:
             watch("reading the model", 0, 1)
-            done, record = report(load(model, dtype=dtype), wishes, watch)
+            done, record = report(load(model, dtype=dtype), wishes, watch, model)
     except KeyboardInterrupt:
         typer.echo("Stopped, and nothing was written.", err=True)
         raise typer.Exit(130) from None
-    record["command"] = record["command"].replace("MODEL", shlex.quote(model), 1)
     _tell(record)
     if json_file is not None:
         write_text(json_file, json.dumps(record, indent=1) + "\n")
@@ -76,16 +72,6 @@ def swap(
 
 
 COMMANDS = [swap]
-
-
-def _import(module: str) -> None:
-    """A mixer of the user's own, because the user names it here."""
-    if "" not in sys.path:
-        sys.path.append("")  # the folder one stands in, behind what is installed
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"--plugin {module}: cannot import it ({error}); run where `import {module}` works") from None
 
 
 @contextmanager

@@ -30,15 +30,15 @@ class Entry(Strict, frozen=True):
     outcome: Outcome | None = None
     refused: str | None = None
 
-    @property
-    def accuracy(self) -> float | None:
-        """At the length it was trained at."""
-        return None if self.outcome is None else self.outcome.accuracy[self.trial.length]
 
-
-def contestants(length: int, heads: int = 1, own: Sequence[dict[str, Any] | str] = ()) -> dict[str, Mixers]:
-    """Headway's mixers by title, for rows of `length` tokens, then the user's own; windows, ranks and kernels are a
-    share of the length."""
+def contestants(
+    length: int,
+    heads: int = 1,
+    own: Sequence[dict[str, Any] | str] = (),
+    only: Callable[[str], bool] = lambda title: True,
+) -> dict[str, Mixers]:
+    """Headway's mixers by title, for rows of `length` tokens, `only` some of them, then the user's own; windows, ranks
+    and kernels are a share of the length."""
     quarter = max(1, length // 4)
     few: dict[str, dict[str, Any]] = {
         "attention": {"name": "attention", "heads": heads},
@@ -60,7 +60,7 @@ def contestants(length: int, heads: int = 1, own: Sequence[dict[str, Any] | str]
         "no mixing": {"name": "identity"},
     }
     titled = [({"name": one} if isinstance(one, str) else one) for one in own]
-    return {**{title: (one,) for title, one in few.items()}, **{title_of(one): (one,) for one in titled}}
+    return {**{title: (one,) for title, one in few.items() if only(title)}, **{title_of(one): (one,) for one in titled}}
 
 
 def title_of(own: Mapping[str, Any]) -> str:

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-import yaml
 
 from headway import kernels, machine, mixers
 from headway.compare.cost_worker import AT_LENGTH, Job, kernel_mask
 from headway.positions import Positions
-from headway.spec import nearest, number
+from headway.spec import named, nearest
 
 LONGEST = 2**24
 FULL = {False: {"name": "attention"}, True: {"name": "sdpa"}}  # what mixers and kernels are held against
@@ -81,22 +80,14 @@ def named_subject(text: str, like: Job, length: int) -> Subject:
 
     Where a mixer's window is (left, right), one number is that many tokens to the left.
     """
-    name, *assignments = re.split(r":(?![^\[]*\])", text.removeprefix("kernel:"))
-    named: dict[str, Any] = {"name": name}
-    for assignment in assignments:
-        key, sign, value = assignment.partition("=")
-        if not sign or not key:
-            raise ValueError(f"--mixers {text}: write NAME:OPTION=VALUE, as in longformer:window=256")
-        try:
-            named[key] = number(yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise ValueError(f"--mixers {text}: {value} is no value; a list is written [512,0]") from None
-    wish = named.pop("causal", None)
+    form = "NAME:OPTION=VALUE, as in longformer:window=256"
+    chosen = named(text.removeprefix("kernel:"), f"--mixers {text}", form)
+    name, wish = chosen["name"], chosen.pop("causal", None)
     if not isinstance(wish, bool | None):
         raise ValueError(f"--mixers {text}: causal is true or false, not {wish}")
-    job = replace(like, named=named, kernel=text.startswith("kernel:"))
-    if not job.kernel and type(window := named.get("window")) is int and _window_is_a_pair(name):
-        named["window"] = [window, 0]
+    job = replace(like, named=chosen, kernel=text.startswith("kernel:"))
+    if not job.kernel and type(window := chosen.get("window")) is int and _window_is_a_pair(name):
+        chosen["window"] = [window, 0]
     can = _kernel_is_causal(job) if job.kernel else _mixer_is_causal(job, length)
     group = KERNELS if job.kernel else SETTINGS.get(name, (OTHER,))[0]
     title = re.sub(r":causal=\w*", "", text)

@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -166,6 +166,17 @@ def point(job: Job, length: int) -> dict[str, Any]:
     flops = (case.cost.flops - sum(_hidden_flops(one.call) for one in made)) * (
         3 if job.train else 1
     )  # the way back takes twice
+    return {
+        **timing(length, taken, extra),
+        "flops": flops,
+        "state_bytes": case.cost.state_bytes if case.streams else None,
+        "activation_bytes": case.cost.activation_bytes,
+        "kernels": sorted({f"{one.backend}: {one.why}" for one in made}),
+    }
+
+
+def timing(length: int, taken: Sequence[float], extra: int | None) -> dict[str, Any]:
+    """What `measure` gave of one length, as a record."""
     middle = statistics.median(taken)
     return {
         "length": length,
@@ -173,10 +184,6 @@ def point(job: Job, length: int) -> dict[str, Any]:
         "runs": len(taken),
         "tokens_per_second": length / middle,
         "peak_extra_bytes": extra,
-        "flops": flops,
-        "state_bytes": case.cost.state_bytes if case.streams else None,
-        "activation_bytes": case.cost.activation_bytes,
-        "kernels": sorted({f"{one.backend}: {one.why}" for one in made}),
     }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headway import mixers, models
 from headway.compare import tasks
 from headway.compare.tasks import Batch, Task
-from headway.machine import synchronise
+from headway.machine import kept_for_the_way_back, synchronise
 from headway.positions import Positions
 from headway.recipe import Above0, OptimizerSpec, Positive
 from headway.spec import PositionSpec, Size, Strict
@@ -112,10 +112,7 @@ def train(trial: Trial, device: torch.device | str = "cpu", tell: Tell = SILENT)
         net: Any = build(trial, task).to(on)
         source = _Source(trial, task, on)
         test = draw(task.held_out(), trial, trial.length, trial.test_rows)
-        kept, state = (
-            kept_bytes(net, test.rows(slice(1)).to(on)),
-            state_bytes(net, trial.length) if hasattr(net, "init_state") else None,
-        )
+        kept, state = kept_bytes(net, test.rows(slice(1)).to(on)), state_bytes(net, trial.length)
         steps, seconds, curve = _fit(net, trial, source, test, on, tell)
     scores = {trial.length: score(net, test, on, trial.rows)}
     for length in trial.tested:
@@ -227,22 +224,14 @@ def score(net: nn.Module, batch: Batch, on: torch.device, rows: int) -> Score:
 
 def kept_bytes(net: nn.Module, batch: Batch) -> int:
     """Bytes that autograd keeps of a batch for the way back, parameters and what enters left out."""
-    own = {t.untyped_storage().data_ptr() for t in [*net.parameters(), *net.buffers(), batch.ids]}
-    kept: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        if (at := t.untyped_storage().data_ptr()) not in own:
-            kept[at] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with kept_for_the_way_back([*net.parameters(), *net.buffers(), batch.ids]) as kept:
         loss_of(net, batch)
     return sum(kept.values())
 
 
 def state_bytes(net: Any, length: int) -> int | None:
-    """What the mixers of a decoder remember of a stream of `length` tokens; None where one of them cannot stream."""
+    """What the mixers of a decoder remember of a stream of `length` tokens; None where it, or one of them, cannot."""
     found = [block.mixer.inner for block in net.stack.blocks]
-    if not all({"stream", "causal"} <= mixer.can for mixer in found):
+    if not hasattr(net, "init_state") or not all({"stream", "causal"} <= mixer.can for mixer in found):
         return None
     return sum(mixer.cost(length).state_bytes for mixer in found)

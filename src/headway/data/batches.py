@@ -6,6 +6,7 @@ that stops at a step goes on exactly where it was: nothing has to be stored but 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -49,7 +50,7 @@ def asked(labels: Tensor, targets: int) -> Tensor:
     return torch.nonzero_static(labels.flatten() != IGNORE, size=targets).squeeze(1)
 
 
-class Order:
+class Order(ABC):
     """Batches by number, over all epochs: each epoch is arranged anew, as a pure function of seed and epoch.
 
     `count`: batches in an epoch. `longest`: what is collated to try the longest example, and little else. `collate`
@@ -86,9 +87,9 @@ class Order:
         """What a number of `_arrange` stands for."""
         return self._examples[i]
 
+    @abstractmethod
     def _arrange(self, epoch: int) -> list[np.ndarray]:
         """The numbers in each batch of an epoch."""
-        raise NotImplementedError
 
 
 def check(examples: Sequence[Example], seed: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Collection, Iterable, Mapping
+from fnmatch import fnmatchcase
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -48,6 +49,15 @@ class Published(NamedTuple):
     rules: list[Rule]
     prefix: str = ""
     ignore: tuple[str, ...] = ()
+
+    def rules_for(self, names: Collection[str]) -> list[Rule]:
+        """The rules for a file that holds these names, with the prefix left out where a file of the bare model leaves
+        it out."""
+        rules = [Rule((), (name,)) for name in names if any(fnmatchcase(name, pattern) for pattern in self.ignore)]
+        if not self.prefix or any(name.startswith(self.prefix) for name in names):
+            return self.rules + rules
+        short = lambda rule: rule._replace(theirs=tuple(name.removeprefix(self.prefix) for name in rule.theirs))
+        return [short(rule) for rule in self.rules] + rules
 
 
 class Config:

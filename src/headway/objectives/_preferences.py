@@ -112,15 +112,21 @@ class Reader:
 
     def pair(self, row: Values, tools: Tools) -> Example:
         """prompt, chosen, rejected."""
-        text, chosen, rejected = row
-        if chosen == rejected:
-            raise Unfit(f"both answers to the prompt {text[:40]!r} are {chosen[:40]!r}: a pair has two; leave it out")
+        text, chosen, rejected = apart(row)
         answers = [self.answer(chosen, tools), self.answer(rejected, tools)]
         found = self.fitted(self.prompt(text), answers, text, tools.max_tokens)
         if found[1] == found[2]:
             raise Unfit(f"both answers to the prompt {text[:40]!r} are the same tokens once they are read (and cut): "
                         "leave it out, or raise max_tokens")  # fmt: skip
         return found
+
+
+def apart(row: Values) -> Values:
+    """A prompt and its two answers, which differ."""
+    text, chosen, rejected = row
+    if chosen == rejected:
+        raise Unfit(f"both answers to the prompt {text[:40]!r} are {chosen[:40]!r}: a pair has two; leave it out")
+    return row
 
 
 LIKED = {"1": True, "true": True, "good": True, "0": False, "false": False, "bad": False}

@@ -19,8 +19,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from headway.adapt import bare
-from headway.adapt._base import adaptation_of
 from headway.data.batches import padded
 from headway.data.examples import Example
 from headway.data.sources import Values
@@ -29,12 +27,12 @@ from headway.hub import Loaded
 from headway.objectives import Base, Loss, Score, Unfit, _rewards
 from headway.objectives._gather import alone
 from headway.objectives._rates import rates, score
-from headway.objectives._rollouts import Experience, Policy, Prompts, prompt_of, still
+from headway.objectives._rollouts import Experience, Policy, Prompts, drawn, prompt_of, start_of, still
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
 from headway.text import Tokenizer
 
-MEASURED = 256  # held-out prompts on which the distance from the start is measured
+MEASURED, TOGETHER = 256, 32  # held-out prompts on which the distance from the start is measured; at a time
 
 
 class Rewarded(Base):
@@ -86,17 +84,19 @@ class Rewarded(Base):
                              "several ranks: start it without torchrun")  # fmt: skip
 
     def spec(self, model: dict[str, Any], tools: Tools) -> dict[str, Any]:
+        start = self._started(tools)
+        Policy(start.net, start, self.temperature)  # one that cannot be asked is told before training
+        return model
+
+    def _started(self, tools: Tools) -> Loaded:
         if tools.start is None:
             raise ValueError("a reward teaches a model that can write already: set model: {load: FOLDER}")
-        Policy(tools.start.net, tools.start, self.temperature)  # one that cannot be asked is told before training
-        return model
+        return tools.start
 
     def encode(self, row: Values, tools: Tools) -> Iterable[Example]:
         """The prompt, and the answer as it counts for the fingerprint of the data."""
-        if tools.start is None:
-            raise ValueError("a reward teaches a model that can write already: set model: {load: FOLDER}")
         try:
-            ids = prompt_of(tools.start, row[0], self.chat)
+            ids = prompt_of(self._started(tools), row[0], self.chat)
         except ValueError as problem:
             raise Unfit(str(problem)) from None
         if len(ids) - isinstance(tools.source, Tokenizer) > tools.max_tokens:
@@ -134,12 +134,8 @@ class Rewarded(Base):
     @contextmanager
     def reference(self, net: nn.Module) -> Iterator[Policy]:
         """The model as it was before it learned anything here."""
-        assert self.start is not None
-        if adaptation_of(net) is not None and adaptation_of(self.start.net) is None:
-            with bare(net):
-                yield self.policy(net)
-        else:
-            yield self.policy(self.start.net.to(next(net.parameters()).device))
+        with start_of(net, self.start) as first:
+            yield self.policy(first)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, batch: Prompts) -> Loss:
@@ -280,18 +276,11 @@ class Rewarded(Base):
     def distance(self, model: Loaded, texts: Sequence[str]) -> float:
         """KL(policy || start) in nats an answer, of one answer drawn for each prompt."""
         assert self.start is not None
-        rows = [prompt_of(self.start, text, self.chat) for text in texts]
-        total = 0.0
-        for first in range(0, len(rows), 32):
-            part = rows[first : first + 32]
-            ids, valid = (t.to(model.device) for t in padded(part, self.pad))
-            luck = torch.arange(first, first + len(part))
-            batch = Prompts(ids=ids, valid=valid, luck=luck, texts=(), expected=(), tokens=0, targets=0)
-            policy = self.policy(model.net)
-            answers = policy.write(batch, Options(temperature=self.temperature, tokens=self.limit))
-            said, there = (t.to(model.device) for t in padded(answers, self.pad))
-            own = policy.log_p(policy.states(ids, valid, said), said, there)
+        rows, policy, total = [prompt_of(self.start, text, self.chat) for text in texts], self.policy(model.net), 0.0
+        how = Options(temperature=self.temperature, tokens=self.limit)
+        for batch, said, there in drawn(policy, rows, how, self.pad, TOGETHER):
+            own = policy.log_p(policy.states(batch.ids, batch.valid, said), said, there)
             with self.reference(model.net) as start:
-                first_p = start.log_p(start.states(ids, valid, said), said, there)
-            total += float((own - first_p).sum())
+                before = start.log_p(start.states(batch.ids, batch.valid, said), said, there)
+            total += float((own - before).sum())
         return total / max(1, len(rows))

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from headway.adapt import bare
+from headway.adapt._base import adaptation_of
 from headway.data.batches import Batch, padded
 from headway.generate.answers import threads
 from headway.generate.texts import ids_of
@@ -162,6 +164,31 @@ def rows_of(ids: Int[Tensor, "B T"], valid: Bool[Tensor, "B T"] | None) -> list[
     if valid is None:
         return ids.tolist()
     return [row[:length] for row, length in zip(ids.tolist(), valid.sum(1).tolist(), strict=True)]
+
+
+@contextmanager
+def start_of(net: nn.Module, start: Loaded | None) -> Iterator[nn.Module]:
+    """The network as it was before it learned anything here: without its adapters, or the checkpoint it came from."""
+    if adaptation_of(net) is not None and (start is None or adaptation_of(start.net) is None):
+        with bare(net):
+            yield net
+    else:
+        assert start is not None
+        yield start.net.to(next(net.parameters()).device)
+
+
+Drawn = tuple[Prompts, Int[Tensor, "N U"], Bool[Tensor, "N U"]]
+
+
+def drawn(policy: Policy, rows: Sequence[Sequence[int]], how: Options, pad: int, together: int) -> Iterator[Drawn]:
+    """One answer to each row of ids, `together` at a time: prompts, the ids that were drawn, and where they are."""
+    for first in range(0, len(rows), together):
+        part = rows[first : first + together]
+        ids, valid = (t.to(policy.player.device) for t in padded(part, pad))
+        luck = torch.arange(first, first + len(part))
+        batch = Prompts(ids=ids, valid=valid, luck=luck, texts=(), expected=(), tokens=0, targets=0)
+        said, there = padded(policy.write(batch, how), pad)
+        yield batch, said.to(ids.device), there.to(ids.device)
 
 
 @contextmanager

@@ -7,8 +7,7 @@ IPO (2310.12036) (g_chosen - g_rejected - 1 / (2 beta))^2;  KTO (2402.01306), of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,9 +16,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from headway.adapt import bare
-from headway.adapt._base import adaptation_of
-from headway.data.batches import padded
 from headway.data.examples import Example, Examples
 from headway.data.sources import Values
 from headway.generate.write import Options
@@ -36,7 +32,7 @@ from headway.objectives._preferences import (
     log_p,
     rows_of,
 )
-from headway.objectives._rollouts import Policy, Prompts, still
+from headway.objectives._rollouts import Policy, Prompts, drawn, start_of, still
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
 
@@ -115,8 +111,9 @@ class Objective(Base):
             chosen, rejected = ([(example[0], example[i]) for example in examples] for i in (1, 2))
             return rows_of(chosen + rejected, self.pad, len(examples))
         own = [(prompt, answer) for prompt, answer, _ in examples]
-        room = lambda i: self.limit - len(own[i][0])  # for another row's answer, which was fitted to its own prompt
-        others = [(own[i][0], own[i - 1][1][: max(1, room(i))]) for i in range(len(own))] if len(own) > 1 else []
+        # another row's answer was fitted to its own prompt, and may be too long for this one
+        pairs = [(own[i][0], own[i - 1][1]) for i in range(len(own))] if len(own) > 1 else []
+        others = [(prompt, answer[: self.limit - len(prompt)]) for prompt, answer in pairs]
         good = torch.tensor([bool(label[0]) for *_, label in examples])
         return rows_of(own + others, self.pad, len(examples), good)
 
@@ -132,20 +129,9 @@ class Objective(Base):
     def gain(self, model: nn.Module, batch: Answers) -> Float[Tensor, " N"]:
         """How much likelier each answer is than it was at the start, in nats."""
         now = log_p(model, batch)
-        with torch.no_grad(), still(model), self.reference(model) as start:
+        with torch.no_grad(), still(model), start_of(model, self.reader.start) as start:
             before = log_p(start, batch)
         return now - before
-
-    @contextmanager
-    def reference(self, net: nn.Module) -> Iterator[nn.Module]:
-        """The model as it was before it learned anything here."""
-        start = self.reader.start
-        if adaptation_of(net) is not None and (start is None or adaptation_of(start.net) is None):
-            with bare(net):
-                yield net
-        else:
-            assert start is not None
-            yield start.net.to(next(net.parameters()).device)
 
     # what is told at the end
 
@@ -183,17 +169,10 @@ class Objective(Base):
         """KL(model || start) in nats an answer of at most DRAWN tokens: of one answer that the model draws for each
         prompt, exact over the vocabulary at each of its tokens."""
         start, total = self._started(tools), 0.0
-        rows = [self.reader.prompt(text) for text in prompts]
-        for first in range(0, len(rows), TOGETHER):
-            part = rows[first : first + TOGETHER]
-            ids, valid = (t.to(model.device) for t in padded(part, self.pad))
-            luck = torch.arange(first, first + len(part))
-            batch = Prompts(ids=ids, valid=valid, luck=luck, texts=(), expected=(), tokens=0, targets=0)
-            policy = Policy(model.net, start, 1.0)
-            said, there = padded(policy.write(batch, Options(temperature=1.0, tokens=DRAWN)), self.pad)
-            said, there = said.to(model.device), there.to(model.device)
+        rows, how = [self.reader.prompt(text) for text in prompts], Options(temperature=1.0, tokens=DRAWN)
+        for batch, said, there in drawn(Policy(model.net, start, 1.0), rows, how, self.pad, TOGETHER):
             now = self._spread(model.net, start, batch, said, there)
-            with self.reference(model.net) as net:
+            with start_of(model.net, start) as net:
                 before = self._spread(net, start, batch, said, there)
             total += float(F.kl_div(before, now, reduction="sum", log_target=True))
         return total / max(1, len(rows))

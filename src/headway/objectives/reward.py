@@ -21,7 +21,7 @@ from headway.data.examples import Example, Examples
 from headway.data.sources import Values
 from headway.hub import Loaded
 from headway.objectives import Base, Loss, Score, Unfit
-from headway.objectives._preferences import PAIRED, Reader, Truncate, by_length
+from headway.objectives._preferences import PAIRED, Reader, Truncate, apart, by_length
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
 
@@ -78,9 +78,7 @@ class Objective(Base):
             prompt, *answers = self.reader.pair(row, tools)
             both = [[*prompt, *answer] for answer in answers]
             return [tuple(field for ids in both for field in (ids, [0] * len(ids)))]
-        text, chosen, rejected = row
-        if chosen == rejected:
-            raise Unfit(f"both answers to the prompt {text[:40]!r} are {chosen[:40]!r}: a pair has two; leave it out")
+        text, chosen, rejected = apart(row)
         found = [field for answer in (chosen, rejected) for field in tools.encode(text, answer)]
         longest = max(map(len, found))
         if longest > tools.max_tokens:

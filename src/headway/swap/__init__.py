@@ -14,6 +14,7 @@ import msgspec
 from torch import Tensor
 
 from headway import hub
+from headway.adapt._base import adaptation_of
 from headway.hub import Loaded
 from headway.mixers import find
 from headway.swap.carry import Weights, carried
@@ -84,7 +85,7 @@ def swap(
     """
     loaded = model if isinstance(model, Loaded) else hub.load(model)
     loaded.unpack()
-    if getattr(getattr(loaded.net, "adaptation", None), "records", None):
+    if (known := adaptation_of(loaded.net)) is not None and known.records:
         raise ValueError("swap: this model has adapters: headway.adapt.fold(model) puts them into its weights before")
     named = mixer_of(mixer) if isinstance(mixer, str) else dict(mixer)
     change = changed(loaded, named, layers, context)

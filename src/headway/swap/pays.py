@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from headway import machine
 from headway.attend import listening
 from headway.compare.cost import curve, skipped
-from headway.compare.cost_worker import measure
+from headway.compare.cost_worker import measure, timing
 from headway.compare.growth import crossover, fit
 from headway.hub import Loaded
 from headway.swap.drift import Watch
@@ -75,12 +74,4 @@ def _point(model: Loaded, length: int, seconds: float) -> dict[str, Any]:
 
     with listening() as heard:
         taken, extra = measure(run, model.device, seconds)
-    middle = statistics.median(taken)
-    return {
-        "length": length,
-        "seconds": {"median": middle, "min": min(taken), "max": max(taken)},
-        "runs": len(taken),
-        "tokens_per_second": length / middle,
-        "peak_extra_bytes": extra,
-        "kernels": sorted({one.backend for one in heard}),
-    }
+    return {**timing(length, taken, extra), "kernels": sorted({one.backend for one in heard})}

@@ -40,14 +40,16 @@ class Wishes:
     seconds: float = 2.0
 
 
-def report(model: str | Loaded, wishes: Wishes, watch: Watch = lambda what, done, total: None) -> tuple[Swapped, Any]:
+def report(
+    model: str | Loaded, wishes: Wishes, watch: Watch = lambda what, done, total: None, name: str = "MODEL"
+) -> tuple[Swapped, Any]:
     """The swapped model, healed where that was asked for, and what was measured: `exactness`, `weights`, `drift` (one a
-    length; `after` where it was healed), `pays`."""
+    length; `after` where it was healed), `pays`. `name`: what a loaded model is called in the command to repeat it."""
     watch("reading the model", 0, 1)
     done = swap(model, wishes.mixer, wishes.layers, context=wishes.context)
     record: dict[str, Any] = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _command(model, wishes),
+        "command": _command(model if isinstance(model, str) else name, wishes),
         "hardware": machine.hardware(),
         "versions": machine.versions(),
         "threads": torch.get_num_threads(),
@@ -125,8 +127,8 @@ def _pictures(done: Swapped, folder: Path | None) -> tuple[Tensor | None, Tensor
     return pixels[:cut], pixels[cut:]
 
 
-def _command(model: str | Loaded, wishes: Wishes) -> str:
-    words = ["headway", "swap", model if isinstance(model, str) else "MODEL", "--mixer", wishes.mixer]
+def _command(model: str, wishes: Wishes) -> str:
+    words = ["headway", "swap", model, "--mixer", wishes.mixer]
     for name in ("layers", "context", "data", "field", "heal", "lr", "length", "seconds"):
         if (value := getattr(wishes, name)) != getattr(Wishes, name):
             words += [f"--{name}", str(value)]

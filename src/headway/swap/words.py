@@ -6,24 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
-from headway.spec import nearest, number
+from headway.spec import named, nearest
 
 
 def mixer_of(text: str) -> dict[str, Any]:
     """A mixer as a spec has it, of `NAME` or `NAME:OPTION=VALUE,OPTION=VALUE`; a list is written [256,0]."""
-    name, _, rest = text.partition(":")
-    named: dict[str, Any] = {"name": name.strip()}
-    for part in re.split(r"[,:](?![^\[]*\])", rest) if rest else []:
-        key, sign, value = part.partition("=")
-        if not sign or not key.strip():
-            raise ValueError(f"--mixer {text}: write NAME:OPTION=VALUE,OPTION=VALUE, as in longformer:window=256")
-        try:
-            named[key.strip()] = number(yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise ValueError(f"--mixer {text}: {value} is no value; a list is written [256,0]") from None
-    return named
+    return named(text, f"--mixer {text}", "NAME:OPTION=VALUE,OPTION=VALUE, as in longformer:window=256")
 
 
 def layers_of(given: str | Sequence[int] | None, depths: Mapping[str, int]) -> dict[str, list[int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from headway.spec import Strict, nearest
@@ -88,15 +88,27 @@ class Claim(Protocol):
     def measure(self, how: How) -> Found: ...
 
 
+def curves(title: str, sentence: str, x: str, y: str, each: Mapping[str, Mapping[int, float]]) -> Plot:
+    """A line a name, both axes logarithmic: what grows as a power is straight."""
+    lines = tuple(Line(name=name, points=tuple((float(n), v) for n, v in one.items())) for name, one in each.items())
+    return Plot(title=title, sentence=sentence, x=x, y=y, lines=lines, log_x=True, log_y=True)
+
+
 def names() -> list[str]:
     """All claims, in the order of their sections, then by name."""
-    found = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
-    return sorted(found, key=lambda name: (find(name).SECTION, name))
+    return sorted(_files(), key=lambda name: (_file(name).SECTION, name))
 
 
 def find(name: str) -> Claim:
     """The file of a claim."""
-    known = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
-    if name not in known:
+    if name not in (known := _files()):
         raise ValueError(f"no claim '{name}'{nearest(name, known)}")
+    return _file(name)
+
+
+def _files() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+
+
+def _file(name: str) -> Claim:
     return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]

@@ -16,6 +16,7 @@ from headway import mixers
 from headway.attend import forced
 from headway.block import Stack
 from headway.compare.contest import title_of
+from headway.machine import kept_for_the_way_back, synchronise
 from headway.mask import Mask
 from headway.mixers import Mixer
 from headway.positions import build_positions, positions_of
@@ -79,28 +80,26 @@ def drawn(rows: int, length: int, width: int, seed: int = 0) -> Float[Tensor, "B
 
 def kept_bytes(call: Call, x: Tensor, own: nn.Module) -> int:
     """Bytes that autograd keeps for the way back, parameters and input left out."""
-    known = {t.untyped_storage().data_ptr() for t in [*own.parameters(), *own.buffers(), x]}
-    kept: dict[int, int] = {}
-
-    def keep(t: Tensor) -> Tensor:
-        if (at := t.untyped_storage().data_ptr()) not in known:
-            kept[at] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with kept_for_the_way_back([*own.parameters(), *own.buffers(), x]) as kept:
         call(x.requires_grad_())
     return sum(kept.values())
 
 
-def seconds(run: Callable[[], object], budget: float, least: int = 3) -> tuple[float, float, float]:
-    """Median, least and greatest of as many runs as a budget of seconds allows, after one that does not count."""
-    run()
-    taken: list[float] = []
-    began = time.perf_counter()
-    while len(taken) < least or (time.perf_counter() - began < budget and len(taken) < 50):
+def seconds(run: Callable[[], object], budget: float, device: str) -> tuple[float, float, float]:
+    """Median, least and greatest of as many runs on a device as a budget of seconds allows, three at least, after one
+    that does not count."""
+    on, taken = torch.device(device), list[float]()
+
+    def timed() -> float:
         start = time.perf_counter()
         run()
-        taken.append(time.perf_counter() - start)
+        synchronise(on)
+        return time.perf_counter() - start
+
+    timed()
+    began = time.perf_counter()
+    while len(taken) < 3 or (time.perf_counter() - began < budget and len(taken) < 50):
+        taken.append(timed())
     return median(taken), min(taken), max(taken)
 
 

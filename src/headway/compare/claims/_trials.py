@@ -39,6 +39,14 @@ def accuracy(entry: Entry, length: int | None = None) -> float | None:
     return 100 * entry.outcome.accuracy[length or entry.trial.length]
 
 
+def by_seed(entries: Named) -> dict[str, list[float]]:
+    """Accuracies in percent, of all seeds of what is called "..., seed 0", "..., seed 1"; a refusal counts as none."""
+    found: dict[str, list[float]] = {}
+    for title, entry in entries.items():
+        found.setdefault(title.rpartition(",")[0], []).append(accuracy(entry) or 0.0)
+    return found
+
+
 def table(title: str, entries: Named) -> Table:
     """A row a contestant: accuracy in percent at each length that was tested, speed, memory."""
     lengths = sorted({n for e in entries.values() if e.outcome for n in e.outcome.accuracy})

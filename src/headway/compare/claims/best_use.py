@@ -6,7 +6,6 @@ import torch
 
 from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Row, Table, bias
 from headway.compare.claims._layers import Named, caller, causal, drawn, layer, seconds
-from headway.machine import synchronise
 
 SECTION = "A"
 TITLE = "What each is best used for"
@@ -61,12 +60,7 @@ def measure(how: How) -> Found:
 
 
 def forward(named: Named, how: How) -> tuple[float, float, float]:
-    net, x, on = layer(named, WIDTH).to(how.device), drawn(1, LENGTH, WIDTH).to(how.device), torch.device(how.device)
+    net, x = layer(named, WIDTH).to(how.device), drawn(1, LENGTH, WIDTH).to(how.device)
     call = caller(net, causal(named, WIDTH))
-
-    def run() -> None:
-        call(x)
-        synchronise(on)
-
     with torch.no_grad():
-        return seconds(run, 0.3)
+        return seconds(lambda: call(x), 0.3, how.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Table
-from headway.compare.claims._trials import accuracy, hold, learning, settings
+from headway.compare.claims._trials import by_seed, hold, learning, settings
 from headway.compare.contest import RATES
 from headway.compare.trial import Trial
 
@@ -47,9 +47,7 @@ def measure(how: How) -> Found:
         for task, (named, quick, full) in tasks.items() for heads in counts for k in range(seeds)
     }  # fmt: skip
     entries = hold(how, wanted)
-    found = {title.rpartition(",")[0]: [] for title in wanted}  # type: dict[str, list[float]]
-    for title, entry in entries.items():
-        found[title.rpartition(",")[0]].append(accuracy(entry) or 0.0)
+    found = by_seed(entries)
     mean = {title: sum(some) / len(some) for title, some in found.items()}
     better, said = [], []
     for task in tasks:

@@ -25,10 +25,8 @@ def measure(how: How) -> Found:
     """Attention and the GRU; in full all that can."""
     length = 32 if how.quick else 128
     tested = (2 * length, 4 * length)
-    chosen = contest.contestants(length, own=how.mixers)
-    if how.quick:
-        own = {contest.title_of(one) for one in how.mixers}
-        chosen = {name: one for name, one in chosen.items() if name in ("attention", "GRU", *own)}
+    few = lambda title: not how.quick or title in ("attention", "GRU")
+    chosen = contest.contestants(length, own=how.mixers, only=few)
     base = Trial(
         task={"name": "induction"},
         mixers=({"name": "identity"},),

@@ -12,9 +12,8 @@ from headway.compare import tasks
 from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Table
 from headway.compare.claims._layers import Named
 from headway.compare.contest import RATES
-from headway.compare.trial import Trial, build, logits_of, loss_of
+from headway.compare.trial import Trial, logits_of, train
 from headway.probe.capture import capture
-from headway.train.optim import build_optimizers, set_rate
 
 SECTION = "B"
 TITLE = "Weights that can be read"
@@ -65,21 +64,21 @@ def measure(how: How) -> Found:
 
 def readings(named: Named, steps: int, how: How, told: Any) -> tuple[float, float, float, float]:
     """Percent of questions: right, with most weight on the answer's place, changed by it, changed by another value."""
-    trial = Trial(task={"name": "mqar", "pairs": PAIRS, "symbols": SYMBOLS}, mixers=(named,), optimizer=RATES)
-    task, on = tasks.build(trial.task), torch.device(how.device)
-    torch.manual_seed(how.seed)
-    net, random = build(trial, task).to(on), np.random.default_rng([how.seed, 0])
-    optimizers = build_optimizers(net, RATES)
-    for step in range(steps):
-        set_rate(optimizers, RATES, step, step / steps)
-        loss_of(net, task.batch(random, 32, LENGTH).to(on)).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), RATES.clip)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        told((step + 1) / steps)
+    one = Trial(
+        task={"name": "mqar", "pairs": PAIRS, "symbols": SYMBOLS},
+        mixers=(named,),
+        length=LENGTH,
+        steps=steps,
+        rows=32,
+        every=steps,
+        enough=None,
+        optimizer=RATES,
+        seed=how.seed,
+    )
+    net, _ = train(one, how.device, lambda done, of: told(done / of))
+    asked_of = tasks.build(one.task).batch(np.random.default_rng([how.seed, 1]), 128, LENGTH)
     with torch.no_grad():
-        return asked(net, task.batch(np.random.default_rng([how.seed, 1]), 128, LENGTH).to(on))
+        return asked(net, asked_of.to(torch.device(how.device)))
 
 
 def asked(net: Any, batch: tasks.Batch) -> tuple[float, float, float, float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Line, Plot, Table
+from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Table, curves
 from headway.compare.claims._layers import (
     ATTENTION,
     CONV,
@@ -94,14 +94,14 @@ def measure(how: How) -> Found:
             ),
         ),
         plots=(
-            plot(
+            curves(
                 "Time by length",
                 f"Where a line crosses attention's, it begins to pay; width {WIDTH}, one row.",
                 "tokens",
                 "milliseconds",
                 {t: {n: 1e3 * s for n, s in c["time in n"].items()} for t, c in found.items()},
             ),
-            plot(
+            curves(
                 "Kept for the way back",
                 "Attention that forms its map keeps a number a pair; the fused kernel keeps none.",
                 "tokens",
@@ -118,28 +118,16 @@ def measure(how: How) -> Found:
     )
 
 
-def plot(title: str, sentence: str, x: str, y: str, curves: dict[str, dict[int, float]]) -> Plot:
-    lines = tuple(Line(name=t, points=tuple((float(n), v) for n, v in c.items())) for t, c in curves.items())
-    return Plot(title=title, sentence=sentence, x=x, y=y, lines=lines, log_x=True, log_y=True)
-
-
 def flops(named: dict[str, Any], length: int, width: int) -> int:
     return layer(named, width).cost(length).flops
 
 
 def timed(named: dict[str, Any], length: int, width: int, whole: bool, how: How) -> float:
     """The least seconds of a call forward: what else the machine does only adds to it."""
-    from headway.machine import synchronise
-
     net = layer(named, width, seed=how.seed).to(how.device)
-    call, x, on = caller(net, causal(named, width)), drawn(1, length, width).to(how.device), torch.device(how.device)
-
-    def run() -> None:
-        call(x)
-        synchronise(on)
-
+    call, x = caller(net, causal(named, width)), drawn(1, length, width).to(how.device)
     with torch.no_grad(), formed(whole):
-        return seconds(run, 0.1 if how.quick else 1.0)[1]
+        return seconds(lambda: call(x), 0.1 if how.quick else 1.0, how.device)[1]
 
 
 def kept(named: dict[str, Any], length: int, width: int, whole: bool) -> int:

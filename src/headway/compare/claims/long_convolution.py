@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Line, Plot, Table
+from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Table, curves
 from headway.compare.claims._layers import ATTENTION, Named, caller, dependence, drawn, layer
 from headway.compare.growth import fit
 
@@ -75,14 +75,19 @@ def measure(how: How) -> Found:
             ),
         ),
         plots=(
-            curve(
+            curves(
                 "Parameters of a layer",
                 "A kernel has weights for each distance; attention none.",
+                "tokens",
                 "parameters",
                 weights,
             ),
-            curve(
-                "Operations of a layer", "The steeper line is attention, which weighs all pairs.", "operations", flops
+            curves(
+                "Operations of a layer",
+                "The steeper line is attention, which weighs all pairs.",
+                "tokens",
+                "operations",
+                flops,
             ),
         ),
         settings={
@@ -98,8 +103,3 @@ def share_seen(found: Tensor) -> tuple[float, float]:
     """The share of pairs (output, input not behind it) that matter, and of pairs (output, input behind it)."""
     matters, before = found > SLIGHT * found.max(), torch.ones_like(found, dtype=torch.bool).tril()
     return float(matters[before].double().mean()), float(matters[~before].double().mean())
-
-
-def curve(title: str, sentence: str, y: str, curves: dict[str, dict[int, float]]) -> Plot:
-    lines = tuple(Line(name=t, points=tuple((float(n), v) for n, v in c.items())) for t, c in curves.items())
-    return Plot(title=title, sentence=sentence, x="tokens", y=y, lines=lines, log_x=True, log_y=True)

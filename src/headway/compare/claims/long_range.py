@@ -37,10 +37,8 @@ def measure(how: How) -> Found:
     """Quick: some mixers, short rows, some tens of steps. Full: all of them at two lengths, longer ones on a GPU."""
     runs, tables, plots, contests, counted, kept = settings_of(how), [], [], [], [], []
     for i, (task, length, more) in enumerate(runs):
-        chosen = contest.contestants(length, heads=2, own=how.mixers)
-        if how.quick:
-            own = {contest.title_of(one) for one in how.mixers}
-            chosen = {name: one for name, one in chosen.items() if name in {*FEW, *own} or name.startswith(BEGIN)}
+        few = lambda title: not how.quick or title in FEW or title.startswith(BEGIN)
+        chosen = contest.contestants(length, heads=2, own=how.mixers, only=few)
         base = Trial(task=task, mixers=({"name": "identity"},), length=length, hidden=128, optimizer=RATES,
                      seed=how.seed, enough=None)  # fmt: skip
         base = msgspec.structs.replace(base, **more)

@@ -139,14 +139,11 @@ def chain(call: Callable[[torch.Tensor], torch.Tensor], length: int) -> int:
 
 def trained(net: nn.Module, one_way: bool, length: int, tokens: int, how: How) -> tuple[float, float, float]:
     """Seconds of a call and its way back, over `tokens` tokens in rows of `length`."""
-    from headway.machine import synchronise
-
-    call, on = caller(net, one_way), torch.device(how.device)
-    x = drawn(tokens // length, length, WIDTH).to(on).requires_grad_()  # a layer may have no weights
+    call = caller(net, one_way)
+    x = drawn(tokens // length, length, WIDTH).to(how.device).requires_grad_()  # a layer may have no weights
 
     def run() -> None:
         with torch.enable_grad():
             call(x).sum().backward()
-        synchronise(on)
 
-    return seconds(run, 0.15 if how.quick else 2.0)
+    return seconds(run, 0.15 if how.quick else 2.0, how.device)

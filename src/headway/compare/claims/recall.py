@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from headway.compare import contest
 from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Table
-from headway.compare.claims._trials import accuracy, hold, learning, published, settings
+from headway.compare.claims._trials import by_seed, hold, learning, published, settings
 from headway.compare.contest import GATED, RATES
 from headway.compare.trial import Trial
 
@@ -45,8 +45,7 @@ def measure(how: How) -> Found:
                         seed=seed,
                     )
     entries = hold(how, wanted)
-    found = {key: [accuracy(e) or 0.0 for title, e in entries.items() if title.startswith(key)]
-             for key in dict.fromkeys(title.rpartition(",")[0] for title in entries)}  # fmt: skip
+    found = by_seed(entries)
     rows = tuple((key, round(sum(seen) / len(seen), 1)) for key, seen in found.items())
     spread = {f"{i},1": (round(min(seen), 1), round(max(seen), 1)) for i, seen in enumerate(found.values())}
     held = [n for n in pairs if min(found[f"attention, width 64, {n} tokens"]) >= SOLVED

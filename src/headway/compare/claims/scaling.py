@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from headway.compare import growth
-from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Line, Plot, Row, Table
+from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Line, Plot, Row, Table, curves
 from headway.compare.claims._trials import hold, settings
 from headway.compare.contest import Entry
 from headway.compare.trial import Trial
@@ -26,6 +26,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "RNN (GRU)": {"name": "rnn", "cell": "gru"},
     "CNN (3 tokens)": {"name": "conv"},
 }
+LOSS = "bits a byte, held out"
 RATES = OptimizerSpec(lr=3e-3, matrix_lr=0.02, warmup=20, weight_decay=0.0, schedule="constant")
 
 
@@ -54,9 +55,9 @@ def measure(how: How) -> Found:
     found = {name: [entries[f"{name}, width {width}"] for width in widths] for name in MIXERS}
     by_size = {name: by_parameters(each) for name, each in found.items()}
     by_data = {name: by_tokens(each[-1]) for name, each in found.items()}
-    fits = {name: (exponent(by_size[name]), exponent(by_data[name])) for name in MIXERS}
-    both = [[growth.fit(each[name]) for name in ("Transformer", "RNN (GRU)")] for each in (by_size, by_data)]
-    ahead = [i for i, (ours, theirs) in enumerate(both) if steeper(ours, theirs)]
+    each = {name: (growth.fit(by_size[name]), growth.fit(by_data[name])) for name in MIXERS}
+    ahead = [i for i in (0, 1) if steeper(each["Transformer"][i], each["RNN (GRU)"][i])]
+    fits = {name: (exponent(size), exponent(data)) for name, (size, data) in each.items()}
     table: tuple[Row, ...] = tuple(
         (name, *(round(bits, 3) for bits in by_size[name].values()), round(fits[name][0], 3), round(fits[name][1], 3))
         for name in MIXERS
@@ -67,8 +68,20 @@ def measure(how: How) -> Found:
         because="; ".join(f"{name}: {a:.3f} in parameters, {b:.3f} in tokens" for name, (a, b) in fits.items()),
         tables=(Table(title="Held-out loss, and the exponent it falls with", columns=columns, rows=table),),
         plots=(
-            curve("Loss against size", "parameters", by_size, "Lower is better; a steeper line gains more from size."),
-            curve("Loss against data", "tokens", by_data, "The largest of each; a steeper line learns more from data."),
+            curves(
+                "Loss against size",
+                "Lower is better; a steeper line gains more from size.",
+                "parameters",
+                LOSS,
+                by_size,
+            ),
+            curves(
+                "Loss against data",
+                "The largest of each; a steeper line learns more from data.",
+                "tokens",
+                LOSS,
+                by_data,
+            ),
             along(found),
         ),
         notes=("Every width had the same tokens; the rate was constant, so that a look on the way is a shorter run.",),
@@ -96,15 +109,9 @@ def steeper(ours: growth.Fit | None, theirs: growth.Fit | None) -> bool:
     return ours.exponent + 2 * (ours.error or 0.0) < theirs.exponent - 2 * (theirs.error or 0.0)
 
 
-def exponent(losses: dict[int, float]) -> float:
+def exponent(found: growth.Fit | None) -> float:
     """b in loss ~ size^-b."""
-    found = growth.fit(losses)
     return 0.0 if found is None else -found.exponent
-
-
-def curve(title: str, x: str, each: dict[str, dict[int, float]], sentence: str) -> Plot:
-    lines = tuple(Line(name=name, points=tuple((float(n), bits) for n, bits in c.items())) for name, c in each.items())
-    return Plot(title=title, sentence=sentence, x=x, y="bits a byte, held out", lines=lines, log_x=True, log_y=True)
 
 
 def along(found: dict[str, list[Entry]]) -> Plot:

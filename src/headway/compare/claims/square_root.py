@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from headway.compare.claims import FAILS, HOLDS, PARTLY, Found, How, Line, Plot, Table
-from headway.compare.claims._trials import accuracy, hold, settings
+from headway.compare.claims._trials import by_seed, hold, settings
 from headway.compare.contest import RATES
 from headway.compare.growth import fit
 from headway.compare.trial import Trial
@@ -38,12 +38,7 @@ def measure(how: How) -> Found:
         for k in range(seeds)
     }
     entries = hold(how, trials)
-    learnt = {
-        t.rpartition(",")[0]: [
-            accuracy(e) or 0.0 for s, e in entries.items() if s.rpartition(",")[0] == t.rpartition(",")[0]
-        ]
-        for t in trials
-    }
+    learnt = by_seed(entries)
     mean = {t: sum(some) / len(some) for t, some in learnt.items()}
     grows = fit({d: plain[d][0] for d in widths})
     assert grows is not None

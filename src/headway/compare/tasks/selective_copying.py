@@ -5,30 +5,19 @@ Where they stand differs from row to row, so a convolution, which weighs by dist
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from msgspec import Meta
 
-from headway.compare.tasks import Batch, Task, require_length
-from headway.compare.tasks.copying import FIRST, rows_of
+from headway.compare.tasks import Batch, require_length
+from headway.compare.tasks.copying import Copying, rows_of
 
 
-class SelectiveCopying(Task, frozen=True):
-    """memorise: tokens to copy. symbols: different ones there are."""
+class SelectiveCopying(Copying, frozen=True):
+    """Options are those of `copying`."""
 
     PUBLISHED: ClassVar = {"S4": "18.3%", "Hyena": "30.1%", "Mamba": "99.8%"}
     SETUP: ClassVar = "Mamba: 2 layers, 16 tokens to copy out of 4,096, vocabulary 16, 400,000 steps"
-
-    memorise: Annotated[int, Meta(ge=1, le=4096)] = 8
-    symbols: Annotated[int, Meta(ge=2, le=2**20)] = 8
-
-    @property
-    def vocabulary(self) -> int:
-        return FIRST + self.symbols
-
-    def chance(self, length: int) -> float:
-        return 1 / self.symbols
 
     def batch(self, random: np.random.Generator, rows: int, length: int) -> Batch:
         require_length("selective_copying", length, 2 * self.memorise, f"{self.memorise} tokens and their copies")
