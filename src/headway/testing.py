@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from headway import mixers
 from headway.attend import forced, listening
@@ -280,6 +279,8 @@ def can_is_true(s: Subject) -> None:
 
 def flops_are_as_stated(s: Subject) -> None:
     """Counted in the plain forms: PyTorch's counter is blind to the fused CPU kernels of attention and of an LSTM."""
+    from torch.utils.flop_counter import FlopCounterMode  # which loads Triton
+
     for mask, context in s.uses(plain=True):
         context = None if context is None else context[:1]
         counter = FlopCounterMode(display=False)

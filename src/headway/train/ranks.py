@@ -7,16 +7,16 @@ over the ranks, block by block (2304.11277). Both are `fully_shard`, on a mesh o
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from headway import machine
 from headway.block import Block
@@ -105,9 +105,16 @@ class Ranks:
             model.set_requires_gradient_sync(not hold)  # type: ignore[operator]
 
 
-def full(t: Tensor) -> Tensor:
+def _is_shared(t: Any) -> bool:
+    """Whether it is a part of a tensor that ranks share (DTensor). Loading that takes half a second, which one process
+    is spared: where nobody has loaded it, there is none."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(t, loaded.DTensor)
+
+
+def full(t: Any) -> Tensor:
     """A tensor as one process would have it; all ranks must ask together."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
+    return t.full_tensor() if _is_shared(t) else t
 
 
 class Gathered(Mapping[str, Tensor]):
@@ -136,25 +143,27 @@ class Gathered(Mapping[str, Tensor]):
         return {name: t.dtype for name, t in self.tensors.items()}
 
 
-def like(value: Tensor, shared: Tensor) -> Tensor:
+def like(value: Tensor, shared: Any) -> Tensor:
     """A whole tensor that every rank has, cut and placed as `shared` is."""
     value = value.to(shared.device)
-    if not isinstance(shared, DTensor):
+    if not _is_shared(shared):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     # a copy: a view would hold the whole
     return distribute_tensor(value, shared.device_mesh, shared.placements, src_data_rank=None).clone()
 
 
-def own_part(value: Tensor) -> Tensor:
+def own_part(value: Any) -> Tensor:
     """What of a tensor lies on this rank, sharing its memory: all of it, unless ranks share it."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if _is_shared(value) else value
 
 
 class Deal:
     """Matrices of one shape, cut by rows over ranks as `shared` is: dealt out whole, as many to each rank, and taken
     back. All ranks must ask together; each then holds about what its own parts take."""
 
-    def __init__(self, shared: DTensor, count: int) -> None:
+    def __init__(self, shared: Any, count: int) -> None:
         self.group, self.size, self.count = shared.device_mesh.get_group(), shared.device_mesh.size(), count
         self.each = -(-count // self.size)  # matrices of a rank; the last ones may be none, and are zeros
         whole, self.columns = shared.shape
@@ -186,9 +195,9 @@ class Deal:
         return found
 
 
-def is_cut(t: Tensor) -> TypeGuard[DTensor]:
+def is_cut(t: Any) -> bool:
     """Whether ranks have different parts of a tensor ("fsdp"), not the whole each."""
-    return isinstance(t, DTensor) and t.device_mesh.ndim == 1
+    return _is_shared(t) and t.device_mesh.ndim == 1
 
 
 def alone(model: nn.Module) -> Sequence[nn.Module]:

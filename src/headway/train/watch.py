@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from headway.recipe import Recipe
 from headway.store import write_folder
@@ -46,6 +45,8 @@ def fault(recipe: Recipe, step: int, value: float, norm: float, mean: float, spr
 def flops_per_token(objective: Any, model: nn.Module, batch: Any) -> float:
     """FLOPs of training on a token of this batch, by PyTorch's counter of one forward pass, times three. It sees matrix
     products, but not into fused attention: what it gives is what is called 6 N for a decoder."""
+    from torch.utils.flop_counter import FlopCounterMode  # which loads Triton
+
     with FlopCounterMode(display=False) as counter:
         objective(model, batch)
     return 3.0 * counter.get_total_flops() / max(1, batch.tokens)
