@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from headway.attend import Glance
 from headway.mask import Mask
 from headway.mixers import Mixer
-from headway.probe.stacks import bare, before, eager, is_compiled, name_of
+from headway.probe.stacks import bare, before, eager, is_compiled, modules_of, name_of
 from headway.state import Prefixed
 
 UNSAID = (
@@ -59,11 +59,12 @@ class Seen(NamedTuple):
 
 def capture(net: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Seen]]:
     """What `run`, which calls `net`, gives, and what each mixer was given, in the order of the model."""
-    compiled = is_compiled(net)
+    parts = modules_of(net)  # walked once: at a dozen tokens a walk is a hundredth of the model's own time
+    compiled = is_compiled(parts)
     with torch.no_grad():
         output = run() if compiled else None
         seen: dict[int, Seen] = {}
-        found = mixers_of(net)
+        found = _mixers_in(parts)
         with ExitStack() as hooks, eager() if compiled else nullcontext():
             for i, (place, mixer) in enumerate(found):
                 hooks.enter_context(before(mixer, _keeper(seen, i, place)))
@@ -107,12 +108,14 @@ def refuse_nan(net: nn.Module, output: Any, seen: Sequence[Seen]) -> None:
 
 def mixers_of(net: nn.Module) -> list[tuple[Place, Mixer]]:
     """Every mixer of a model with its place, stack by stack, layer by layer."""
-    net = bare(net)
+    return _mixers_in(modules_of(bare(net)))
+
+
+def _mixers_in(parts: list[tuple[str, nn.Module]]) -> list[tuple[Place, Mixer]]:
     found: list[tuple[Place, Mixer]] = []
-    for name, module in net.named_modules():
+    for name, module in parts:
         if isinstance(module, Mixer):
-            stack, layer, slot = _address(name, len(found))
-            found.append((_place(stack, layer, slot, module, net), module))
+            found.append((_place(*_address(name, len(found)), module), module))
     return found
 
 
@@ -126,7 +129,7 @@ def _address(name: str, count: int) -> tuple[str, int, str]:
     return name_of(parts[:at]), int(parts[at + 1]), slot
 
 
-def _place(stack: str, layer: int, slot: str, mixer: Mixer, net: nn.Module) -> Place:
+def _place(stack: str, layer: int, slot: str, mixer: Mixer) -> Place:
     name = type(mixer).__module__.removeprefix("headway.mixers.")
     sides = {"stack": "source", "encoder": "source", "decoder": "target"}
     own = sides.get(stack, stack)
