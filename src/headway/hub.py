@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headway import families, machine, models
+from headway.adapt import by_row
 from headway.adapt._base import adaptation_of, refuse_rows
 from headway.adapt._files import rebuild, save
 from headway.adapt._merge import fold
@@ -39,7 +40,7 @@ from headway.use.classify import TEMPLATE, Classified, Span, classify
 from headway.use.embed import embed
 from headway.use.fill import Filled
 from headway.use.fill import fill as fill_gaps
-from headway.use.passes import Watch
+from headway.use.passes import Watch, listed
 from headway.vocabulary import PublishedTokenizer
 from headway.weights import open_weights
 
@@ -82,26 +83,28 @@ class Loaded(Bare):
         seed: int | None = None,
         chat: bool = False,
         task: str | None = None,
+        rows: Sequence[str | None] | None = None,
     ) -> list[Generation]:
         """One text for each prompt: greedy, by beam search, or drawn (`temperature`); batching changes no answer.
 
         Prompts are texts, messages of a chat, or ids. Beams compete by log-probability over length^`penalty`: 0 favours
         short answers, more than 1 long ones. `chat` puts a text into the checkpoint's template, `task` its prefix
-        before it. The other options are those of `headway.generate.write.Options`.
+        before it. `rows`: each prompt's own adapter, by name, or None. Others: `headway.generate.write.Options`.
         """
+        given: dict[str, Any]
         given = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
                  "repetition_penalty": repetition_penalty, "stop": stop, "seed": seed}  # fmt: skip
         if isinstance(self.source, Tokenizer):
             refuse_rows(self.net)
-            if alien := [
-                name for name, value in {**given, "task": task, "chat": chat or None}.items() if value is not None
-            ]:
+            given |= {"task": task, "chat": chat or None, "rows": rows}
+            if alien := [name for name, value in given.items() if value is not None]:
                 raise ValueError(f"generate: {alien[0]} is for published models; this one takes beams and penalty")
             return answer_all(self, prompts, beams=beams, batch=256 if batch is None else batch, penalty=penalty)
         how = options({**given, "beams": beams, "penalty": penalty})
         self.pack()
         prompts = prompts if isinstance(prompts, str) else list(prompts)
-        return generate(self, prompts, how, chat=chat, task=task, batch=8 if batch is None else batch)
+        with by_row(self, rows, prompts):
+            return generate(self, prompts, how, chat=chat, task=task, batch=8 if batch is None else batch)
 
     def stream(self, prompt: Any, *, chat: bool = False, task: str | None = None, **given: Any) -> Iterator[str]:
         """The text of one prompt in pieces, as it is written; `given` are `generate`'s options."""
@@ -119,6 +122,7 @@ class Loaded(Bare):
         task: str | None = None,
         truncate: bool = False,
         watch: Watch | None = None,
+        rows: Sequence[str | None] | None = None,
     ) -> Float[Tensor, "N C"]:
         """A vector for each text or picture, in float32, in the order given; batching changes nothing.
 
@@ -126,10 +130,13 @@ class Loaded(Bare):
         unless said here. Texts are str; of a model with two towers, all else is a picture (a Path, bytes, a PIL image).
         `task` puts the checkpoint's prefix for it ("query") before each text.
         What is longer than the model takes is an error, or cut where `truncate`. `watch(done, total)` hears of
-        progress, in tokens or pictures. `headway embed` does the same for files larger than memory.
+        progress, in tokens or pictures. `rows`: each input's own adapter, by name, or None. `headway embed` does the
+        same for files larger than memory.
         """
         self.pack()
-        return embed(self, inputs, batch_tokens=batch_tokens, normalize=normalize, pooling=pooling, task=task,
+        inputs = inputs if rows is None else listed(inputs, "embed")
+        with by_row(self, rows, inputs):
+            return embed(self, inputs, batch_tokens=batch_tokens, normalize=normalize, pooling=pooling, task=task,
                          truncate=truncate, watch=watch)  # fmt: skip
 
     def fill(self, text: str, *, top: int = 5) -> list[list[Filled]]:

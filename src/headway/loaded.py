@@ -27,6 +27,13 @@ from headway.vocabulary import PublishedTokenizer
 MAX_TOKENS = 2**24  # the longest text any model here may claim to take
 
 
+def follow(net: nn.Module, rows: Sequence[int], *, anew: bool = False) -> bool:
+    """Says which rows the batches to come have, of all inputs (`anew`) or of the batch before: where each input has an
+    adapter of its own, they go with them. Returns whether each has."""
+    known = vars(net).get("adaptation")  # `headway.adapt` stands above, and knows what to do
+    return known is not None and known.follow(rows, anew)
+
+
 class Facts(Strict, frozen=True):
     """What using a model needs to know besides its spec.
 

@@ -115,6 +115,26 @@ def use(
 
 
 @contextmanager
+def by_row(model: Any, rows: Sequence[str | None] | None, inputs: Any) -> Iterator[None]:
+    """Inside the block, each of the inputs has the adapter that `rows` names for it (None: none), in whatever
+    batches they come; without `rows`, those act that do."""
+    if rows is None:
+        yield
+        return
+    known = known_of(model)
+    if len(rows) != len(inputs):
+        raise ValueError(f"rows: {len(rows)} adapters are named for {len(inputs)} inputs: name one, or None, for each")
+    was = known.weights
+    use(model, rows=rows)
+    known.inputs = known.rows
+    try:
+        yield
+    finally:
+        known.inputs = None
+        known.choose(was)
+
+
+@contextmanager
 def bare(model: Any) -> Iterator[None]:
     """No adapter acts inside the block: the model is what it was before, to the bit; new heads stay as they are."""
     known = known_of(model)

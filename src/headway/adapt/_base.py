@@ -110,6 +110,7 @@ class Adaptation:
         self.records: dict[str, Record] = {}
         self.weights: dict[str, float] = {}
         self.rows: tuple[str | None, ...] | None = None
+        self.inputs: tuple[str | None, ...] | None = None  # of a whole call, whose batches take their rows from it
         self.off = 0
         self.merged = False
         self.base = ""  # the hash of the network as it was before
@@ -120,6 +121,14 @@ class Adaptation:
     def choose(self, weights: dict[str, float], rows: tuple[str | None, ...] | None = None) -> None:
         """Says which act from now on: on all rows, or on each its own."""
         self.weights, self.rows, self._which = weights, rows, {}
+
+    def follow(self, rows: Sequence[int], anew: bool) -> bool:
+        """See `loaded.follow`."""
+        there = self.inputs if anew else self.rows
+        if self.inputs is None or there is None:
+            return False
+        self.choose({}, tuple(there[i] for i in rows))
+        return True
 
     def which(self, names: Sequence[str], device: torch.device) -> Int[Tensor, " B"]:
         """For each row of the batch, which of the names it has, or -1."""
@@ -240,7 +249,8 @@ def refuse_rows(net: nn.Module) -> None:
     known = adaptation_of(net)
     if known is not None and known.rows is not None:
         raise ValueError("adapters were chosen for each row of batches of your own (model.net, hidden, logits), "
-                         "and here rows are sorted, and leave early: headway.adapt.use(model, name) first")  # fmt: skip
+                         "and here rows are sorted, and leave early: headway.adapt.use(model, name) first; embed and "
+                         "generate take rows= themselves")  # fmt: skip
 
 
 def state(model: Any, name: str | None = None) -> dict[str, Tensor]:

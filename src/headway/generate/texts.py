@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from headway.generate.answers import Generation, threads
 from headway.generate.write import Options, Written, beams, tokens
-from headway.loaded import Loaded
+from headway.loaded import Loaded, follow
 from headway.spec import convert
 from headway.vocabulary import PublishedTokenizer
 
@@ -96,6 +96,8 @@ def generate(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     found: dict[int, Generation] = {}
     for group in (order[i : i + batch] for i in range(0, len(order), batch)):
+        if follow(model.net, group, anew=True) and how.beams > 1:
+            raise ValueError("generate: beams change places, and adapters chosen by rows= do not: leave out beams")
         with threads(model.parameters * how.beams * len(group)):
             if how.beams > 1:
                 answers = beams(model, [rows[i] for i in group], how)

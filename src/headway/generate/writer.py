@@ -13,7 +13,7 @@ from torch import Tensor
 from headway.block import reorder
 from headway.generate.decode import step_of as step_of_decoder
 from headway.generate.step import step_of
-from headway.loaded import Loaded
+from headway.loaded import Loaded, follow
 from headway.models import decoder, seq2seq
 from headway.quantize import PackedLinear
 
@@ -75,6 +75,7 @@ class _Decoder:
 
     def keep(self, rows: Int[Tensor, " R"]) -> None:
         reorder(self.state, rows)
+        follow(self.net, rows.tolist())
         self.lengths = self.lengths[rows]
         self.step = step_of_decoder(self.net, self.state, len(rows))
 
@@ -105,6 +106,7 @@ class _Seq2Seq:
 
     def keep(self, rows: Int[Tensor, " R"]) -> None:
         reorder(self.state, rows)
+        follow(self.net, rows.tolist())
         valid = None if self.memory.valid is None else self.memory.valid[rows]
         self.memory = seq2seq.Memory(self.memory.x[rows], valid)
         self.step = step_of(self.net, self.memory, self.state)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headway.block import Stack
-from headway.loaded import Inputs, Loaded
+from headway.loaded import Inputs, Loaded, follow
 from headway.mask import Mask
 from headway.models import decoder, encoder
 
@@ -95,9 +95,11 @@ def passes(
         raise ValueError(f"batch_tokens is a number of tokens, 1 or more, not {batch_tokens!r}")
     net = model.net if net is None else net
     budget = batch_tokens or BUDGET.get(model.device.type, GPU_BUDGET)
-    packed = packs(net) and task not in model.facts.globals
+    own = follow(model.net, range(len(rows)), anew=True)
+    packed = packs(net) and task not in model.facts.globals and not own
     done, total = 0, sum(map(len, rows))
     for batch in batches([len(row) for row in rows], budget, packed):
+        follow(model.net, batch, anew=True)
         inputs = model.batch([rows[i] for i in batch], [types[i] for i in batch]) if not packed else None
         if inputs is None:
             yield from _packed(model, net, batch, rows, types)
@@ -182,6 +184,7 @@ def pictures(
     dtype = next(model.net.parameters()).dtype
     for start in range(0, len(images), PICTURES):
         part = list(range(start, min(start + PICTURES, len(images))))
+        follow(model.net, part, anew=True)
         yield part, pixels([images[i] for i in part], model.image).to(model.device, dtype)
         if watch is not None:
             watch(part[-1] + 1, len(images))
