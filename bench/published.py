@@ -22,7 +22,7 @@ from sides import SMOL, TEXTS, cache, gpt2_folder, minilm, prompt, prose, site
 
 SIDES = Path(__file__).parent / "sides.py"
 NEW = 128  # tokens that a round writes
-ROUNDS = 3
+ROUNDS, MOST, SECONDS = 3, 9, 30.0  # at least and at most, as many as these seconds hold: this machine's pace changes
 
 
 class Side:
@@ -64,12 +64,11 @@ def contest(
 ) -> dict[str, Any]:
     """Both sides in turn; units a second, medians and the range of the ratios, round by round."""
     sides = [Side(*ours), Side(*theirs)]
-    seconds: list[list[float]] = [[], []]
-    for number in range(ROUNDS + 1):
-        for side, kept in zip(sides, seconds, strict=True):
-            spent = side.ask(**ask)
-            if number:  # the first round warms up
-                kept.append(spent)
+    warm = sum(side.ask(**ask) for side in sides)
+    rounds = min(MOST, max(ROUNDS, int(SECONDS / warm)))
+    seconds = [
+        list(column) for column in zip(*[[side.ask(**ask) for side in sides] for _ in range(rounds)], strict=True)
+    ]
     for side in sides:
         side.close()
     pairs = [b / a for a, b in zip(*seconds, strict=True)]
@@ -77,7 +76,8 @@ def contest(
     row = {
         "what": what, "peer": theirs[0].split("_")[0] + " " + " ".join(a for a in theirs[2:] if a != "none"),
         "ours_per_second": units / mine, "peer_per_second": units / other, "ratio": other / mine,
-        "ratio_range": [min(pairs), max(pairs)], "bar": bar, "met": other / mine >= bar,
+        "ratio_range": [min(pairs), max(pairs)], "rounds": rounds, "bar": bar,
+        "met": other / mine >= bar,
         "ours_mib": sides[0].mib, "peer_mib": sides[1].mib,
     }  # fmt: skip
     print(json.dumps(row), file=sys.stderr, flush=True)
