@@ -69,6 +69,16 @@ def test_an_8_bit_base_takes_a_third_of_the_memory_and_its_gradient_is_exact() -
     assert all(p.grad is not None for p in model.net.parameters() if p.requires_grad)
 
 
+def test_a_rounded_table_is_looked_up_in_its_own_precision_as_any_other() -> None:
+    model = tiny()
+    plain = model.net.embedding(IDS)
+    adapt(model, "lora", quantize="int8")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.net.embedding(IDS)
+    assert torch.equal(found, model.net.embedding(IDS)) and found.dtype == plain.dtype
+    torch.testing.assert_close(found, plain, rtol=0, atol=float(plain.detach().abs().max()) / 50)
+
+
 def test_an_8_bit_base_gives_nearly_what_the_model_gave() -> None:
     model = tiny()
     before = logits(model)

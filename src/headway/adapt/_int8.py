@@ -96,7 +96,8 @@ class RoundedEmbedding(nn.Module):
 
     def forward(self, ids: Int[Tensor, "*S"]) -> Float[Tensor, "*S C"]:
         rows = self.rounded[ids].to(self.weight.dtype) * self.scales[ids][..., None].to(self.weight.dtype)
-        return blockwise(rows, self.mixing.to(rows.dtype))
+        with torch.autocast(rows.device.type, enabled=False):  # a table in floats is looked up in its own precision
+            return blockwise(rows, self.mixing.to(rows.dtype))
 
 
 def weight_of(module: nn.Module) -> Tensor:
