@@ -207,6 +207,7 @@ def test_the_command_shows_the_prompt_and_writes_figures(folder: Path, tmp_path:
     record = json.loads((tmp_path / "a.json").read_text("utf-8"))
     assert record["rows"] == 5 and record["task"]["shots"] == 1 and len(record["answers"]) == 5
     assert f"accuracy   {record['accuracy']:.1%}" in done.out
+    assert f"prompts    {record['prompt_tokens']:.0f} tokens" in done.out
     missing = run("evaluate", folder / "model", "--task", "pakages")
     assert missing.code != 0 and "did you mean 'packages'" in missing.err and missing.err.count("\n") == 1
 

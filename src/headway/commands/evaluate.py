@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,18 +43,41 @@ def evaluate(
             if question.options:
                 typer.echo(f"--- options: {', '.join(map(repr, question.options))}")
 
-    found = measure(load(model, dtype=dtype, quantize=quantize), read, batch=batch, show=tell)
+    with _live() as watch:
+        found = measure(load(model, dtype=dtype, quantize=quantize), read, batch=batch, show=tell, watch=watch)
     how = f"{read.shots} shots, {'chat' if read.chat else 'plain'}, {read.score}"
     typer.echo(f"{read.title or read.name} ({how})")
     typer.echo(f"accuracy   {found.accuracy:.1%} (standard error {found.error:.1%}, {found.rows} held-out rows)")
     if found.chance:
         typer.echo(f"guessing   {found.chance:.1%}")
     typer.echo(f"commonest  {found.commonest:.1%}, the commonest answer of the training rows")
+    typer.echo(f"prompts    {found.prompt_tokens:.0f} tokens on average")
     if found.unmatched:
         typer.echo(f"unmatched  {found.unmatched} answers in which the pattern found nothing")
     if json_file:
         _save(json_file, {"model": model, "task": read, **found._asdict()})
         typer.echo(f"Figures: {json_file}")
+
+
+@contextmanager
+def _live() -> Iterator[Callable[[int, int], None]]:
+    """A bar of the questions that are answered, on a terminal, from the first on: prompts are shown before."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bar = progress.add_task("questions", total=None)
+
+    def watch(done: int, total: int) -> None:
+        progress.start()
+        progress.update(bar, completed=done, total=total)
+
+    try:
+        yield watch
+    finally:
+        progress.stop()
 
 
 def _save(path: Path, record: dict[str, object]) -> None:
