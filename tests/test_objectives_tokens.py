@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from headway import models, objectives
 from headway.data.batches import IGNORE, Packed
 from headway.data.examples import Example
-from headway.objectives import Base, _tools
+from headway.objectives import Base, _nats, _tools
 from headway.objectives._tools import Tools
 from headway.text import EOS, TokenizerSpec
 
@@ -404,3 +404,18 @@ def test_label_smoothing_is_a_share_of_the_uniform() -> None:
     loss = objective(net, batch)
     torch.testing.assert_close(loss.total, by_hand)
     assert math.isfinite(float(loss.plain)) and float(loss.plain) != pytest.approx(float(loss.total))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likelihood_of_many_logits_is_cross_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_nats, "AT_ONCE", 3 * 50)  # rows go through in parts, the last of them smaller
+    random = torch.Generator().manual_seed(0)
+    logits = (10 * torch.randn(17, 50, generator=random)).to(dtype).requires_grad_()
+    labels = torch.randint(50, (17,), generator=random)
+    labels[[3, 16]] = IGNORE
+    found, wanted = _nats.nats(logits, labels), F.cross_entropy(logits.float(), labels, reduction="sum")
+    torch.testing.assert_close(found, wanted)
+    own, expected = (torch.autograd.grad(0.5 * loss, logits)[0] for loss in (found, wanted))
+    torch.testing.assert_close(own, expected)
+    with pytest.raises((IndexError, RuntimeError)):
+        _nats.nats(logits, labels + 50)

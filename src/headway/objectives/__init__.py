@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headway.data.batches import Batch, Batches, Order
@@ -25,6 +24,7 @@ from headway.data.examples import Example
 from headway.data.sources import Values, fewer
 from headway.hub import Loaded
 from headway.loaded import Facts
+from headway.objectives._nats import nats
 from headway.objectives._tools import Tools
 from headway.recipe import Recipe
 from headway.spec import convert, nearest
@@ -117,7 +117,7 @@ class Base(ABC):
 
     def judge(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What is minimised and what is shown, of what `predict` gave: -sum log p(label), unless overridden."""
-        total = F.cross_entropy(logits.float(), labels, reduction="sum")
+        total = nats(logits, labels)
         return total, total.detach()
 
     def __call__(self, model: nn.Module, batch: Any) -> Loss:
