@@ -229,19 +229,40 @@ def test_an_adapted_model_embeds_and_generates_as_it_computes() -> None:
     assert trains == set(adapt.state(model))  # packing and unpacking have not thawed the base
 
 
-@pytest.mark.parametrize("targets", ["blocks.0.mixer.query", "blocks.0.mixer.value", "blocks.0.feedforward.leave"])
-def test_gradients_at_once_are_those_of_the_parts(targets: str) -> None:
+@pytest.mark.parametrize("rows", [4, 64])  # few tokens, and so many that the changed weight is made
+@pytest.mark.parametrize(
+    "targets", ["blocks.0.mixer.q", "blocks.0.mixer.v", "blocks.0.mixer.{k,v}", "blocks.0.feedforward.leave"]
+)
+def test_gradients_at_once_are_those_of_the_parts(targets: str, rows: int) -> None:
     model = stirred(adapt(tiny(), "lora", rank=3, targets=targets))
     (module,) = (one for one in model.net.modules() if type(one).__name__ == "AdaptedLinear")
-    (adapter,) = (one for name in module.adapters for one in module.adapters[name].values())
-    x, rows = torch.randn(4, 6, module.in_features, requires_grad=True), adapter.outputs or slice(None)
-    plain = nn.functional.linear(x, module.weight, module.bias)
-    change = adapter.scale * x @ adapter.down.T @ adapter.up.T
-    expected = torch.cat([plain[..., : rows.start or 0], plain[..., rows] + change], -1)
-    torch.testing.assert_close(module(x), expected)
-    given, wanted = torch.randn_like(expected), (x, adapter.down, adapter.up)
+    adapters = [one for name in module.adapters for one in module.adapters[name].values()]
+    x = torch.randn(rows, 6, module.in_features, requires_grad=True)
+    expected = nn.functional.linear(x, module.weight, module.bias)
+    for adapter in adapters:
+        place = adapter.outputs or slice(None)
+        whole = nn.functional.one_hot(torch.arange(len(module.weight))[place], len(module.weight)).float()
+        expected = expected + adapter.scale * x @ adapter.down.T @ adapter.up.T @ whole
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+    given, wanted = torch.randn_like(expected), (x, *(p for one in adapters for p in (one.down, one.up)))
     own = torch.autograd.grad(module(x), wanted, given)
-    torch.testing.assert_close(own, torch.autograd.grad(expected, wanted, given), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own, torch.autograd.grad(expected, wanted, given), rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_linear_keeps_nothing_of_its_input_and_gives_what_it_gave() -> None:
+    before, model = tiny().net, adapt(tiny(), "lora", targets="blocks.0.mixer.q")
+    linear, x = model.net.stack.blocks[0].feedforward.inner.enter, torch.randn(4, 6, 32, requires_grad=True)
+    plain = before.stack.blocks[0].feedforward.inner.enter
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = linear(x)
+    assert [one.data_ptr() for one in kept] == [linear.weight.data_ptr()]
+    torch.testing.assert_close(y, plain(x))
+    own, wanted = (torch.autograd.grad(one.square().sum(), x)[0] for one in (y, plain(x)))
+    torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(linear(x), plain(x))
+    assert torch.equal(copy.deepcopy(model.net).stack.blocks[0].feedforward.inner.enter(x), y)
 
 
 def test_a_name_of_pytorchs_own_and_a_head_of_anothers_are_refused() -> None:

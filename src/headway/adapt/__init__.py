@@ -33,6 +33,7 @@ from headway.adapt._base import (
     take,
 )
 from headway.adapt._files import attach, save
+from headway.adapt._frozen import speed_up
 from headway.adapt._hash import base_hash
 from headway.adapt._int8 import round_base
 from headway.adapt._merge import Merged, fold, merge, unmerge
@@ -85,6 +86,7 @@ def _adapt(
     known.source = known.source or getattr(model, "origin", "")
     for place, adapter in made:
         put(place.module, known, name, place.part, adapter, place.name)
+    speed_up(net)
     for head in heads:
         net.heads[head].requires_grad_(True)
     known.records[name] = Record(method=method, targets=tuple(patterns), options=how, heads=tuple(heads))

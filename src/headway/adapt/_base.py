@@ -63,6 +63,13 @@ class Adapter(nn.Module):
         added = self.delta(args[0], y)
         return y + (added if amount == 1 else amount * added)
 
+    @classmethod
+    def together(cls, acting: Sequence[tuple[Any, float]], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`around` of several adapters with their weights, one about the other."""
+        for adapter, amount in acting:
+            call = partial(adapter.around, call, amount)
+        return call(*args, **kwargs)
+
     def merge(self, weight: Tensor, bias: Tensor | None, amount: float) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a linear that does alone what it does with this adapter; new tensors where they change."""
         raise ValueError(
@@ -152,11 +159,12 @@ class Adapted(nn.Module):
             return call(*args, **kwargs)
         if now.rows is not None:
             return self._by_row(now.rows, call, *args, **kwargs)
+        acting: list[tuple[Any, float]] = []
         for name, amount in now.weights.items():
             if name in self.adapters:
-                for adapter in self.adapters[name].values():  # type: ignore[operator]
-                    call = partial(adapter.around, call, amount)
-        return call(*args, **kwargs)
+                acting += [(adapter, amount) for adapter in self.adapters[name].values()]  # type: ignore[operator]
+        kinds = {type(adapter) for adapter, _ in acting}
+        return (kinds.pop() if len(kinds) == 1 else Adapter).together(acting, call, *args, **kwargs)
 
     def _by_row(self, rows: Sequence[str | None], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Adapters of one kind at one part of the outputs are applied to all rows together."""
@@ -190,6 +198,7 @@ def put(module: nn.Module, adaptation: Adaptation, name: str, part: str, adapter
     """Has an adapter stand at a module, which is called `place` in the network."""
     adapter.place = place
     if not isinstance(module, Adapted):
+        vars(module).pop("forward", None)
         module.adapters, module.adaptation = nn.ModuleDict(), adaptation  # type: ignore[assignment]
         module.__class__ = _adapted(type(module))
     held: Any = module.adapters

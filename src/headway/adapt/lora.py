@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from headway.adapt import _int8, _targets, bitfit
 from headway.adapt._base import Adapter, own_class
+from headway.adapt._frozen import is_frozen
 from headway.adapt._low_rank import LowRank
 from headway.layers import Dropout
 
@@ -79,12 +80,18 @@ class Method(Adapter):
     def fits(cls, module: nn.Module, name: str) -> bool:
         return own_class(module) in (nn.Linear, _int8.RoundedLinear)
 
+    @classmethod
+    def together(cls, acting: Sequence[tuple[Any, float]], call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        linear: Any = getattr(call, "__self__", None)
+        if linear is None or not all(adapter._at_once(linear, x) for adapter, _ in acting):
+            return super().together(acting, call, x)
+        down = torch.cat([adapter.down for adapter, _ in acting])
+        outputs = len(linear.weight)
+        up = torch.cat([amount * adapter.scale * adapter._widened(outputs) for adapter, amount in acting], 1)
+        y = LowRank.apply(x.flatten(0, -2), linear.weight, linear.bias, down, up)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
     def around(self, call: Callable[..., Tensor], amount: float, x: Float[Tensor, "*S K"]) -> Float[Tensor, "*S N"]:
-        if self._at_once(call, x):
-            linear = self.linear[0]
-            low = self.down, self.up, amount * self.scale, self._rows
-            found = LowRank.apply(x.flatten(0, -2), linear.weight, linear.bias, *low)
-            return found.view(*x.shape[:-1], found.shape[-1])
         y = call(x)
         h = F.linear(x if self.dropout is None else self.dropout(x), self.down.to(x.dtype))
         if self.length is None:
@@ -98,15 +105,12 @@ class Method(Adapter):
             [y[..., : rows.start or 0], changed, y[..., y.shape[-1] if rows.stop is None else rows.stop :]], -1
         )
 
-    def _at_once(self, call: Callable[..., Tensor], x: Tensor) -> bool:
-        """Whether `call` is a plain linear's own product, trained upon in one precision."""
-        linear: Any = getattr(call, "__self__", None)
-        if linear is None or linear is not self.linear[0] or own_class(linear) is not nn.Linear:
+    def _at_once(self, linear: nn.Module, x: Tensor) -> bool:
+        """Whether it changes a plain linear's own product, trained upon in one precision."""
+        if linear is not self.linear[0] or own_class(linear) is not nn.Linear or self.length is not None:
             return False
         dropped = self.dropout is not None and self.training
-        plain = x.dtype == linear.weight.dtype == self.down.dtype and not torch.is_autocast_enabled(x.device.type)
-        frozen = not linear.weight.requires_grad and not (linear.bias is not None and linear.bias.requires_grad)
-        return torch.is_grad_enabled() and plain and frozen and not dropped and self.length is None
+        return not dropped and self.down.dtype == x.dtype and is_frozen(linear, x)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _lengths(self) -> Float[Tensor, " N"]:
