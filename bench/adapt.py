@@ -1,9 +1,10 @@
 """A LoRA step beside PEFT's: the same weights, targets, ranks, batch and optimizer; tokens a second and peak memory.
 
 Each side lives in a process of its own, which holds its model and answers when asked; the sides take turns, so that a
-drifting machine hits both. Peak memory (VmHWM) is of a whole process after its steps, and above what it held with the
-model loaded. Bars: 1.1 times PEFT's tokens a second, 0.95 of its peak. `--dry`: few steps of few rows on one core,
-and nothing is written.
+drifting machine hits both. A decoder's loss is each library's own, as its users train: the objective `causal`, and what
+transformers gives for `labels`; an encoder's is the same squared error. Peak memory (VmHWM) is of a whole process after
+its steps, and above what it held with the model loaded. Bars: 1.1 times PEFT's tokens a second, 0.95 of its peak.
+`--dry`: few steps of few rows on one core, and nothing is written.
 """
 
 from __future__ import annotations
@@ -57,7 +58,14 @@ def smollm2() -> Path:
 
 
 def ours(case: str, targets: str) -> tuple[Any, Callable[..., Any]]:
+    """A network without dropout, and what gives its loss, or an encoder's states."""
+    import torch.nn.functional as F
+
     import headway
+    from headway import objectives
+    from headway.data.batches import IGNORE
+    from headway.layers import Dropout
+    from headway.objectives._tokens import Tokens
 
     model = headway.load(minilm() if case == "minilm" else smollm2())
     given: Any = TARGETS[targets][0]
@@ -65,7 +73,19 @@ def ours(case: str, targets: str) -> tuple[Any, Callable[..., Any]]:
         given = ["blocks.*.mixer.{q,k,v,o}", "blocks.*.feedforward.{enter,leave}"]
     headway.adapt(model, "lora", rank=RANK, alpha=ALPHA, targets=given)
     net = model.net.train()
-    return net, net if case == "minilm" else lambda ids: net.head("lm", net(ids))
+    for module in net.modules():
+        if isinstance(module, Dropout):
+            module.p = 0.0
+    if case == "minilm":
+        return net, net
+    objective = objectives.build({"name": "causal"})
+
+    def loss(ids: Any) -> Any:
+        labels = F.pad(ids[:, 1:], (0, 1), value=IGNORE)
+        batch = Tokens(ids=ids, labels=labels, valid=None, tokens=ids.numel(), targets=ids[:, 1:].numel())
+        return objective(net, batch).total / batch.targets
+
+    return net, loss
 
 
 def theirs(case: str, targets: str) -> tuple[Any, Callable[..., Any]]:
@@ -73,7 +93,7 @@ def theirs(case: str, targets: str) -> tuple[Any, Callable[..., Any]]:
     from peft import LoraConfig, get_peft_model
 
     if case == "minilm":
-        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # as ours, which loads it without
+        off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         net = transformers.AutoModel.from_pretrained(minilm(), add_pooling_layer=False, **off)
     else:
         net = transformers.AutoModelForCausalLM.from_pretrained(smollm2())
@@ -81,7 +101,7 @@ def theirs(case: str, targets: str) -> tuple[Any, Callable[..., Any]]:
     net = get_peft_model(net, config).train()
     if case == "minilm":
         return net, lambda ids: net(input_ids=ids).last_hidden_state
-    return net, lambda ids: net(input_ids=ids, use_cache=False).logits
+    return net, lambda ids: net(input_ids=ids, labels=ids, use_cache=False).loss
 
 
 def stepper(side: str, case: str, targets: str) -> tuple[Step, int]:
@@ -98,10 +118,7 @@ def stepper(side: str, case: str, targets: str) -> tuple[Step, int]:
     wanted = torch.randn(rows, length, 384, generator=torch.Generator().manual_seed(2)) if case == "minilm" else None
 
     def loss() -> Any:
-        found = run(ids)
-        if wanted is not None:
-            return F.mse_loss(found, wanted)
-        return F.cross_entropy(found[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return run(ids) if wanted is None else F.mse_loss(run(ids), wanted)
 
     def steps(count: int) -> float:
         value = 0.0
